@@ -1,0 +1,27 @@
+# make demo   the whole recipe on the embedded world, into runs/demo/ (about 6 minutes on 2 cores)
+# make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
+# make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?=
+# pip's default torch wheel for Linux carries CUDA. To get the small CPU wheel, pass PyTorch's CPU index:
+# make env PIP_FLAGS="--extra-index-url <index for cpu, from pytorch.org/get-started>"
+PIP_FLAGS ?=
+REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
+
+.PHONY: env demo test lint
+env: $(VENV)/installed
+
+$(VENV)/installed: $(REQUIREMENTS) requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) -r $(REQUIREMENTS) -r requirements-dev.txt
+	touch $@
+
+demo: env
+	$(VENV)/bin/python bridge.py --out runs/demo
+
+test: env
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: env
+	$(VENV)/bin/ruff check .

@@ -1,0 +1,331 @@
+# docs/benchmarks.md
+"""Seconds per step of grpo.py and opd.py beside TRL's GRPOTrainer and DistillationTrainer, measured alternately.
+
+The two sides take turns, each turn a fresh process: ours is the command a user would type, timed by its own metrics
+(time/step, time/rollout); TRL's is a short script below (--side), timed by a callback from step begin to step end, both
+without the warm-up steps. A GRPO step is one rollout phase, its rewards and all of its optimizer steps.
+
+Equal on both sides: checkpoints, the problems of every step in their order, prompts per step, group size, optimizer steps
+per rollout, temperature 1 over the full support, response limit, float32, the attention implementation (asserted), threads, fused
+AdamW with constant learning rate and weight decay 0.1, clipping of the gradient and of the ratio, the advantages, the
+loss (token mean; reverse KL over the full vocabulary), and a reward by string equality of the last box. On TRL's side
+logging, saving and evaluation are off, so are gradient checkpointing and bfloat16 (both on by default there), and its
+data loader has no workers. The learning rate is so small that neither policy moves: lengths stay those of the checkpoint.
+Not equal: the random draws, so lengths agree on average only (see tokens per step, and seconds per 1,000 response
+tokens); weight decay, which TRL leaves off norms; what each side computes besides (we record sampler log-probabilities,
+entropies and sampler drift every step; TRL renders and tokenizes its prompts every step, decodes every completion and,
+in GRPO, computes old log-probabilities of all minibatches, where ours needs them from the second on). Ours drops finished rows from the
+sampling batch, and groups of equal rewards from the training passes, which is exact (their gradient is 0): a policy that
+is often all right or all wrong trains on less, see zero_std_frac. So GRPO is timed with an early and with a late policy.
+
+    python bridge.py && python benchmarks/throughput.py --world runs/demo/world
+    python benchmarks/throughput.py --world runs/demo/world --threads 1 --record benchmarks/results/throughput_cpu.md
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+from common import require  # noqa: E402
+
+
+@dataclass
+class Args:
+    world: str = "runs/demo/world"
+    """folder with train.jsonl (problem, answer) and teacher_base/: what bridge.py or toy.py makes"""
+    grpo_model: tuple[str, ...] = ()
+    """policies of the GRPO steps; default: WORLD/teacher_base (early) and the teacher (late)"""
+    teacher: str | None = None
+    """teacher of the OPD step; default: WORLD/../teacher_rl"""
+    student: str | None = None
+    """student of the OPD step, one whose answers have a stable length; default: WORLD/../bridge"""
+    parts: tuple[Literal["grpo", "opd"], ...] = ("grpo", "opd")
+    """what to time"""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads of both sides; everything is timed once for each"""
+    rounds: int = 4
+    """turns of each side"""
+    warmup_steps: int = 2
+    """steps at the start of a turn that are not counted"""
+    grpo_steps: int = 8
+    """counted GRPO steps in a turn"""
+    opd_steps: int = 30
+    """counted OPD steps in a turn"""
+    grpo_prompts: int = 32
+    """problems per GRPO step"""
+    group_size: int = 8
+    """responses per problem"""
+    minibatch_prompts: int = 16
+    """problems per optimizer step of GRPO"""
+    opd_prompts: int = 64
+    """problems per OPD step"""
+    max_response_tokens: int = 64
+    """longer responses are truncated"""
+    learning_rate: float = 1e-6
+    """small, so that both sides keep sampling from the same policy"""
+    grader: Literal["boxed", "math"] = "boxed"
+    """our grader; TRL's reward is string equality of the last box, as "boxed" is"""
+    record: str | None = None
+    """Markdown file to write the table to, with the command and the versions"""
+
+    # filled in by this script: one turn of TRL's side
+    side: Literal["all", "trl-grpo", "trl-opd"] = "all"
+    """all: the whole comparison; the others: one turn of one TRL trainer"""
+    side_seed: int = 1
+    """order of the problems in that turn"""
+    side_out: str = ""
+    """file that the turn writes its steps to, with the metric names of metrics.jsonl"""
+
+
+# ---------------------------------------------------------------------------------------------- TRL's side
+def boxed_reward(completions, answer, **_) -> list[float]:
+    """1 if the last box of a completion holds exactly the answer."""
+    boxes = [re.findall(r"\\boxed\{([^{}]*)\}", completion[0]["content"]) for completion in completions]
+    return [float(bool(box) and box[-1] == a) for box, a in zip(boxes, answer, strict=True)]
+
+
+def trl_turn(args: Args) -> None:
+    """Run one TRL trainer for warmup + counted steps, and write what each step took."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    grpo = args.side == "trl-grpo"
+    path = args.grpo_model[0] if grpo else args.student
+    prompts_per_step = args.grpo_prompts if grpo else args.opd_prompts
+    updates = args.grpo_prompts // args.minibatch_prompts if grpo else 1
+    steps = args.warmup_steps + (args.grpo_steps if grpo else args.opd_steps)
+
+    problems = common.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
+    stream = common.problem_stream(len(problems), args.side_seed)  # the very order of our scripts
+    chosen = [problems[next(stream)] for _ in range(steps * prompts_per_step)]
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}], "answer": p.answer} for p in chosen])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    scratch = tempfile.TemporaryDirectory()
+    shared = dict(
+        output_dir=scratch.name, max_steps=steps * updates, max_completion_length=args.max_response_tokens, temperature=1.0,
+        top_p=1.0, top_k=0, learning_rate=args.learning_rate, lr_scheduler_type="constant", optim="adamw_torch_fused",
+        weight_decay=0.1, max_grad_norm=1.0, gradient_accumulation_steps=1, gradient_checkpointing=False, bf16=False,
+        fp16=False, shuffle_dataset=False, chat_template_kwargs={"enable_thinking": False}, dataloader_num_workers=0,
+        logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False, seed=args.side_seed,
+    )  # fmt: skip
+    if grpo:
+        config = trl.GRPOConfig(
+            per_device_train_batch_size=args.minibatch_prompts * args.group_size, steps_per_generation=updates,
+            num_generations=args.group_size, beta=0.0, epsilon=0.2, epsilon_high=0.28, delta=10.0, loss_type="dapo",
+            scale_rewards="group", **shared,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(
+            model=model, reward_funcs=boxed_reward, args=config, train_dataset=dataset, processing_class=tokenizer
+        )
+    else:
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+        config = trl.DistillationConfig(per_device_train_batch_size=args.opd_prompts, beta=1.0, **shared)  # 1: reverse KL
+        trainer = trl.DistillationTrainer(
+            model=model, teacher_model=teacher, args=config, train_dataset=dataset, processing_class=tokenizer
+        )
+        assert {p.dtype for p in trainer.teacher_model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.model.config._attn_implementation == "sdpa"  # what our scripts load, see `ours_turn`
+    assert not trainer.model.is_gradient_checkpointing
+
+    rows = []  # one per step, with the names of metrics.jsonl
+    keys = {"charts/response_length": "completions/mean_length"}
+    keys |= {"charts/zero_std_frac": "frac_reward_zero_std", "charts/reward": "reward"} if grpo else {}
+
+    def timed(function):
+        def wrapper(*positional, **named):
+            start = time.perf_counter()
+            result = function(*positional, **named)
+            rows[-1]["time/rollout"] += time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    trainer._generate = timed(trainer._generate)
+    if grpo:
+        trainer._calculate_rewards = timed(trainer._calculate_rewards)  # our time/rollout holds the grading too
+
+    class Stopwatch(TrainerCallback):
+        def on_step_begin(self, config, state, control, **_):
+            if state.global_step % updates == 0:
+                rows.append({"step": len(rows) + 1, "time/step": 0.0, "time/rollout": 0.0})
+            self.start = time.perf_counter()
+
+        def on_step_end(self, config, state, control, **_):
+            rows[-1]["time/step"] += time.perf_counter() - self.start
+            rows[-1] |= {ours: trainer._metrics["train"][theirs][-1] for ours, theirs in keys.items()}
+
+    trainer.add_callback(Stopwatch())
+    trainer.train()
+    scratch.cleanup()
+    assert len(rows) == steps and all(row["time/rollout"] > 0 for row in rows)
+    Path(args.side_out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------- turns
+def command_of(args: Args, part: str, policy: str, side: str, seed: int, out: Path) -> tuple[list[str], Path]:
+    """(arguments of python, file that the steps end up in) of one turn."""
+    steps = args.warmup_steps + (args.grpo_steps if part == "grpo" else args.opd_steps)
+    if side == "trl":
+        fields = ["world", "warmup_steps", "grpo_steps", "opd_steps", "grpo_prompts", "group_size", "minibatch_prompts",
+                  "opd_prompts", "max_response_tokens", "learning_rate", "teacher", "student"]  # fmt: skip
+        flags = [text for name in fields for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+        own = ["--side", f"trl-{part}", "--side-seed", str(seed), "--side-out", str(out / "metrics.jsonl")]
+        return [str(Path(__file__).resolve()), *own, "--grpo-model", policy, *flags], out / "metrics.jsonl"
+    flags = ["--train-data", f"{args.world}/train.jsonl", "--instruction", "", "--max-response-tokens",
+             str(args.max_response_tokens), "--learning-rate", str(args.learning_rate), "--max-steps", str(steps),
+             "--dtype", "float32", "--seed", str(seed), "--out", str(out)]  # fmt: skip
+    if part == "grpo":
+        own = ["--model", policy, "--prompts-per-step", str(args.grpo_prompts), "--group-size", str(args.group_size),
+               "--minibatch-prompts", str(args.minibatch_prompts), "--grader", args.grader]  # fmt: skip
+        return [str(ROOT / "grpo.py"), *own, *flags], out / "metrics.jsonl"
+    own = ["--teacher", args.teacher, "--student", args.student, "--prompts-per-step", str(args.opd_prompts)]
+    return [str(ROOT / "opd.py"), *own, *flags], out / "metrics.jsonl"
+
+
+def take_turn(args: Args, part: str, policy: str, side: str, seed: int, threads: int) -> list[dict]:
+    """Run one side for one turn; the counted steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments, metrics = command_of(args, part, policy, side, seed, Path(scratch))
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"error: this turn failed: python {shlex.join(arguments)}\n{result.stderr[-3000:]}")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return rows[args.warmup_steps :]
+
+
+def measure(args: Args, part: str, policy: str, threads: int) -> dict:
+    """Alternate the two sides and summarise: medians over all counted steps, and the spread of the rounds' ratios."""
+    turns = {"ours": [], "trl": []}
+    for seed in range(1, args.rounds + 1):
+        for side in turns:
+            turns[side].append(take_turn(args, part, policy, side, seed, threads))
+            step = statistics.median(row["time/step"] for row in turns[side][-1])
+            print(f"# {threads} threads, {part} {Path(policy).name}, round {seed}, {side}: {step:.3f} s/step", flush=True)
+
+    def median(side, key):
+        return statistics.median(row[key] for turn in turns[side] for row in turn)
+
+    def mean(side, key):
+        return statistics.fmean(row[key] for turn in turns[side] for row in turn if key in row)
+
+    responses = args.grpo_prompts * args.group_size if part == "grpo" else args.opd_prompts
+    by_round = [statistics.median(r["time/step"] for r in ours) / statistics.median(r["time/step"] for r in trl)
+                for ours, trl in zip(turns["ours"], turns["trl"], strict=True)]  # fmt: skip
+    row = {"part": part, "policy": Path(policy).name, "threads": threads, "steps": sum(map(len, turns["ours"]))}
+    for side in turns:
+        tokens = mean(side, "charts/response_length") * responses
+        row[side] = {
+            "step": median(side, "time/step"),
+            "rollout": median(side, "time/rollout"),
+            "tokens_per_step": tokens,
+            "per_1000_tokens": mean(side, "time/step") / tokens * 1000,
+        }
+        if part == "grpo":
+            row[side] |= {"zero_std_frac": mean(side, "charts/zero_std_frac"), "reward": mean(side, "charts/reward")}
+    for key in ("step", "rollout", "per_1000_tokens"):
+        row[f"ratio_{key}"] = row["ours"][key] / row["trl"][key]
+    return row | {"ratio_step_rounds": [min(by_round), max(by_round)]}
+
+
+# ---------------------------------------------------------------------------------------------- report
+def table(rows: list[dict]) -> list[str]:
+    lines = ["| step | threads | ours, s | TRL, s | ratio (rounds) | rollout: ours, s | TRL, s | ratio | tokens a step: ours | TRL "
+             "| s per 1,000 tokens: ours | TRL | ratio | zero_std_frac: ours | TRL |", "|---" * 15 + "|"]  # fmt: skip
+    for row in rows:
+        ours, trl, (low, high) = row["ours"], row["trl"], row["ratio_step_rounds"]
+        name = f"GRPO, {row['policy']}" if row["part"] == "grpo" else f"OPD, {row['policy']}"
+        zero = [f"{side['zero_std_frac']:.2f}" if "zero_std_frac" in side else "" for side in (ours, trl)]
+        cells = [name, row["threads"], f"{ours['step']:.3f}", f"{trl['step']:.3f}",
+                 f"**{row['ratio_step']:.2f}** ({low:.2f} to {high:.2f})", f"{ours['rollout']:.3f}", f"{trl['rollout']:.3f}",
+                 f"{row['ratio_rollout']:.2f}", f"{ours['tokens_per_step']:.0f}", f"{trl['tokens_per_step']:.0f}",
+                 f"{ours['per_1000_tokens']:.4f}", f"{trl['per_1000_tokens']:.4f}", f"{row['ratio_per_1000_tokens']:.2f}",
+                 *zero]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def cpu_name() -> str:
+    try:
+        lines = subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def main(args: Args) -> None:
+    if args.side != "all":
+        trl_turn(args)
+        return
+    runs = Path(args.world).parent
+    args.teacher, args.student = args.teacher or str(runs / "teacher_rl"), args.student or str(runs / "bridge")
+    policies = args.grpo_model or (f"{args.world}/teacher_base", args.teacher)
+    trl_version = common.version("trl")
+    require(trl_version, "this comparison needs TRL: pip install trl==1.16.0")
+    require(Path(args.world, "train.jsonl").exists(), f"--world {args.world}: has no train.jsonl; run python bridge.py, "
+            f"or python toy.py --out {args.world}")
+    require(args.grpo_prompts % args.minibatch_prompts == 0, f"--minibatch-prompts {args.minibatch_prompts} does not divide "
+            f"--grpo-prompts {args.grpo_prompts}; choose a divisor")
+    jobs = ([("grpo", policy) for policy in policies] if "grpo" in args.parts else [])
+    jobs += [("opd", args.student)] if "opd" in args.parts else []
+    needed = {policy: "--grpo-model" for part, policy in jobs if part == "grpo"}
+    needed |= {args.teacher: "--teacher", args.student: "--student"} if "opd" in args.parts else {}
+    for path, flag in needed.items():
+        require(Path(path, "config.json").exists(), f"{flag} {path}: no checkpoint there; run python bridge.py, or name one")
+
+    for part, policy in jobs:
+        print("$ python " + shlex.join(command_of(args, part, policy, "ours", 1, Path("OUT"))[0]).replace(f"{ROOT}/", ""))
+    rows = [measure(args, part, policy, threads) for threads in args.threads for part, policy in jobs]
+    lines = table(rows)
+    print("\n" + "\n".join(lines) + "\n")
+    versions = {name: common.version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+    print(json.dumps({"cpu": cpu_name(), "versions": versions, "rows": rows}))
+
+    if args.record:
+        argv = list(sys.argv[1:])
+        header = [
+            f"# Seconds per step, ours and TRL {trl_version}",
+            "",
+            f"{date.today()}; {cpu_name()}; {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+            "",
+            "```",
+            "python benchmarks/throughput.py " + shlex.join(argv),
+            "```",
+            "",
+            f"Medians over {args.rounds} alternating turns of {args.grpo_steps} GRPO or {args.opd_steps} OPD steps, each turn a "
+            f"fresh process after {args.warmup_steps} steps of warm-up. GRPO: {args.grpo_prompts} prompts x {args.group_size} "
+            f"responses, {args.grpo_prompts // args.minibatch_prompts} optimizer steps. OPD: {args.opd_prompts} prompts. At most "
+            f"{args.max_response_tokens} response tokens. A ratio below 1 means that ours is faster; in brackets the least and "
+            "the greatest ratio of one round. Rollout is sampling, decoding and (GRPO) grading.",
+            "",
+        ]  # fmt: skip
+        about = ["", "What is equal on both sides and what is not:", "", *["> " + t for t in __doc__.split("\n\n")[2].splitlines()]]
+        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.record).write_text("\n".join([*header, *lines, *about]) + "\n")
+
+
+if __name__ == "__main__":
+    common.run(main, Args)

@@ -1,0 +1,398 @@
+# docs/common.md
+"""Plumbing that fails silently when two copies of it differ, so it lives here once: reading problems, rendering
+prompts, loading models, sampling, batching, evaluation, logging, checkpoints. The algorithms are in the scripts."""
+
+import json
+import platform
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers.utils
+import tyro
+from tqdm import tqdm
+
+# kernels/ shadows Hugging Face's package of that name. Where that one is installed as well, transformers would look for
+# its contents in ours and fail to import, so it is told, before anything else of it is imported, that there is none.
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach grader and sampler through here)
+from kernels import head_weight  # noqa: E402
+from samplers import HFSampler, Response, autocast  # noqa: E402, F401
+
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------- command line
+class UsageError(ValueError):
+    """Something the user typed cannot work. The message names the flag and the fix."""
+
+
+def run(main, args_class) -> None:
+    """Parse the command line into `args_class` and call `main(args)`; a UsageError is one line and exit code 2."""
+    try:
+        main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def require(condition, message: str) -> None:
+    """Raise UsageError(message) unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------- problems and prompts
+@dataclass(frozen=True)
+class Problem:
+    text: str  # the problem itself, or the last user message of a chat prompt
+    messages: tuple  # earlier chat messages (a system prompt, say), each {"role", "content"}
+    answer: str | None  # reference answer; None for data without labels
+
+
+def load_rows(spec: str, flag: str) -> list[dict]:
+    """Rows of a local .jsonl / .json / .parquet file, or of a hub dataset `name`, `name:config`, `name:config:split`."""
+    path = Path(spec)
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        import datasets
+
+        if path.suffix in (".json", ".parquet"):
+            return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
+        name, config, split = (spec.split(":") + [None, None])[:3]
+        if config is None:
+            configs = datasets.get_dataset_config_names(name)
+            config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
+            require(config, f"{flag} {spec}: choose a config, {flag} {name}:CONFIG, one of {', '.join(configs)}")
+        return list(datasets.load_dataset(name, config, split=split or "train"))
+    except UsageError:
+        raise
+    except Exception as error:  # a missing file, bad JSON, no network: all end the same way for the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UsageError(
+            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({reason}). "
+            f"Check the path, or the network and the name:config:split"
+        ) from None
+
+
+def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
+    """Distinct problems of a dataset, in its order. Raises UsageError for a missing column or an empty dataset."""
+    rows = load_rows(spec, flag)
+    require(rows, f"{flag} {spec}: the dataset is empty; give one with at least one problem")
+    columns = sorted(rows[0])
+    text_key = next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
+    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt; it has {', '.join(columns)}")
+    problems = {}
+    for row in rows:
+        prompt, messages = row[text_key], ()
+        if not isinstance(prompt, str):  # a chat list, as in DAPO-Math-17k
+            *messages, last = prompt
+            prompt = last["content"]
+        answer = row.get("answer", row.get("solution", (row.get("reward_model") or {}).get("ground_truth")))
+        answer = None if answer is None else reference_answer(str(answer))
+        problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
+    problems = list(problems.values())
+    if need_answers:
+        labeled = [p for p in problems if p.answer]
+        require(
+            labeled,
+            f"{flag} {spec}: needs a column answer, solution or reward_model.ground_truth with the "
+            f"reference answers; it has {', '.join(columns)}",
+        )
+        if len(labeled) < len(problems):
+            print(f"{flag} {spec}: {len(problems) - len(labeled)} problems without an answer left out")
+        problems = labeled
+    return problems
+
+
+def render_prompt(tokenizer, problem: Problem, instruction: str, thinking: bool) -> list[int]:
+    """Token ids of the chat prompt, ending where the assistant's response begins. The instruction follows the problem
+    on its own line unless the problem already asks for a box."""
+    text = problem.text if not instruction or "\\boxed" in problem.text else f"{problem.text}\n{instruction}"
+    messages = [*problem.messages, {"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
+    )
+
+
+def render_prompts(tokenizers, problems, instruction, thinking, max_prompt_tokens: int | None, flag: str):
+    """Render every problem with each of the (tokenizer, thinking) pairs; a problem too long for any one is dropped.
+
+    Returns (kept problems, [prompt ids of the kept problems] for each tokenizer). Raises UsageError if none is left."""
+    rendered = [
+        [render_prompt(tok, p, instruction, think) for p in problems]
+        for tok, think in zip(tokenizers, thinking, strict=True)
+    ]
+    longest = [max(lengths) for lengths in zip(*[[len(ids) for ids in one] for one in rendered], strict=True)]
+    keep = [i for i, length in enumerate(longest) if max_prompt_tokens is None or length <= max_prompt_tokens]
+    require(
+        keep,
+        f"{flag}: all {len(problems)} prompts are longer than --max-prompt-tokens {max_prompt_tokens} "
+        f"(shortest {min(longest)}); raise it",
+    )
+    if len(keep) < len(problems):
+        print(
+            f"{flag}: {len(problems) - len(keep)} of {len(problems)} problems dropped, longer than "
+            f"--max-prompt-tokens {max_prompt_tokens}"
+        )
+    return [problems[i] for i in keep], [[one[i] for i in keep] for one in rendered]
+
+
+def problem_stream(count: int, seed: int):
+    """Endless indices 0..count-1: one fresh permutation after another, so every epoch sees every problem once."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+def benchmark_name(spec: str) -> str:
+    """Folder name of a benchmark: a file's stem, or the hub spec without its slashes and colons."""
+    return Path(spec).stem if spec.endswith((".jsonl", ".json", ".parquet")) else re.sub("[/:]", "_", spec)
+
+
+# ---------------------------------------------------------------------------------------------- models
+def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and compute dtype; "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, DTYPES[dtype]
+
+
+def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UsageError(
+        f"{flag} {path}: cannot load it as a local checkpoint folder or from the Hugging Face hub "
+        f"({reason}). Check the path, or the network and the hub id"
+    )
+
+
+def load_tokenizer(path: str, flag: str):
+    """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise explain_missing(flag, path, error) from None
+    require(
+        tokenizer.chat_template,
+        f"{flag} {path}: its tokenizer has no chat template; use an instruct checkpoint, "
+        f"or add chat_template.jinja to the folder",
+    )
+    require(
+        tokenizer.eos_token_id is not None,
+        f"{flag} {path}: its tokenizer has no eos_token; set one in tokenizer_config.json",
+    )
+    if tokenizer.pad_token_id is None:  # only ever used outside of every mask
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool):
+    """Causal LM in eval mode (no dropout, whose noise would break the importance ratio). Trainable weights are float32
+    masters (float64 under --dtype float64); frozen ones are stored in the compute dtype."""
+    try:
+        master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise explain_missing(flag, path, error) from None
+    try:
+        head_weight(model)
+    except ValueError as error:
+        raise UsageError(f"{flag} {path}: {error}; use a Qwen or Llama checkpoint") from None
+    return model.requires_grad_(trainable)
+
+
+def enable_gradient_checkpointing(model) -> None:
+    """Recompute activations in backward. Transformers does so in train mode only; the supported models have no dropout."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def require_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
+    """Token-level distillation needs one mapping from ids to text, and one id that ends a turn."""
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    differing = {token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)}
+    require(
+        not differing,
+        f"--teacher and --student map {len(differing)} tokens to different ids (for example "
+        f"{sorted(differing)[0] if differing else ''!r}): token-level distillation needs one "
+        f"tokenizer; choose both from one model family",
+    )
+    require(
+        teacher_tokenizer.eos_token_id == student_tokenizer.eos_token_id,
+        f"--teacher ends a turn with {teacher_tokenizer.eos_token!r} and --student with "
+        f"{student_tokenizer.eos_token!r}: use two instruct checkpoints, or set one eos_token for both",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- batches and scoring
+def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """Indices in groups of similar length with rows x longest <= token_budget (a longer sequence is its own group).
+    Sorting by length keeps padding small; the loss uses one global denominator, so the split changes no gradient."""
+    groups, order = [], sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def response_hidden(model, prompts: list[list[int]], responses: list[list[int]]):
+    """Final hidden states that predict the response tokens, packed row after row without padding.
+
+    Returns (hidden (N, H), ids (N,)) with N the sum of response lengths. Right padding needs no attention mask in a
+    causal model: no real token can see it."""
+    B, T = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids, predicts = torch.zeros((B, T), dtype=torch.long), torch.zeros((B, T), dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
+    hidden = model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
+    ids = torch.cat([torch.tensor(response) for response in responses]).to(model.device)
+    return hidden[predicts.to(model.device)], ids  # (N, H), (N,)
+
+
+def evaluate(sampler, tokenizer, prompts, answers, grader) -> dict[str, float]:
+    """One response per problem with the training sampler: a learning curve, not a benchmark (that is eval_math.py)."""
+    responses = sampler.sample(prompts, 1)
+    rewards = grader.grade([tokenizer.decode(r.ids, skip_special_tokens=True) for r in responses], answers)
+    lengths = [len(r.ids) for r in responses]
+    return {"eval/accuracy": float(np.mean(rewards)), "eval/response_length": float(np.mean(lengths))}
+
+
+# ---------------------------------------------------------------------------------------------- run folder
+def finished(out: str | Path) -> dict | None:
+    """run.json of a finished run in folder `out`, else None."""
+    path = Path(out) / "run.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record if record.get("finished") else None
+
+
+def progress_bar(total: int, name: str, unit: str) -> tqdm:
+    """A bar on a terminal; a line every so often in a log file."""
+    return tqdm(total=total, desc=name, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+
+class Run:
+    """The run folder: metrics.jsonl (one object a step), run.json, a copy of the script, and a progress bar."""
+
+    def __init__(self, args, total_steps: int):
+        require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
+        self.out, self.start = Path(args.out), time.time()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(sys.argv[0], self.out)
+        except OSError as error:
+            raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from None
+        self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
+        self.record = {
+            "finished": False,
+            "command": command_line(),
+            "args": asdict(args),
+            "git_revision": git_revision(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "hardware": {
+                "cpu": platform.processor() or platform.machine(),
+                "cpu_threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            },
+        }
+        self._write_record()
+        self.metrics = (self.out / "metrics.jsonl").open("w")
+        self.bar = progress_bar(total_steps, self.out.name, "step")
+        self.tensorboard = self.wandb = None
+        if getattr(args, "tensorboard", False):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
+            self.tensorboard = SummaryWriter(self.out)
+        if getattr(args, "wandb", False):
+            try:
+                import wandb
+            except ImportError:
+                raise UsageError("--wandb needs a package: pip install wandb") from None
+            self.wandb = wandb.init(project="sparse-to-dense", name=self.out.name, config=asdict(args))
+
+    def _write_record(self):
+        (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
+
+    def log(self, step: int, metrics: dict[str, float], bar: str = "") -> None:
+        """Append one object to metrics.jsonl. `bar` is the text behind the progress bar."""
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics.flush()
+        if self.tensorboard:
+            for key, value in metrics.items():
+                self.tensorboard.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        self.bar.set_postfix_str(bar, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def finish(self, model=None, tokenizer=None, dtype=None, **extra) -> None:
+        """Save the checkpoint (if a model is given), then mark run.json finished: the last write of a run."""
+        self.bar.close()
+        self.metrics.close()
+        if model is not None:
+            save_checkpoint(model, tokenizer, self.out, dtype)
+        self.record |= {
+            "finished": True,
+            "wall_time_s": round(time.time() - self.start, 1),
+            "labels_used": len(self.labels),
+            **extra,
+        }
+        self._write_record()
+        print(f"wrote {self.out}/ in {self.record['wall_time_s']:.0f} s")
+
+
+def save_checkpoint(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
+    """Ordinary Hugging Face checkpoint in the compute dtype: the very weights that were sampled from."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
+        state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
+    model.config.dtype = dtype
+    model.save_pretrained(out, state_dict=state)
+    tokenizer.save_pretrained(out)
+
+
+def command_line() -> str:
+    """The command that runs this process, as a user would type it in the repository."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except OSError:
+        return None

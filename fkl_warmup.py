@@ -1,0 +1,253 @@
+# docs/fkl_warmup.md
+"""Forward-KL warmup on teacher rollouts: stage 2a of the recipe.
+
+The teacher answers every problem once or more; the student then learns to cover those answers with the full-vocabulary
+KL(teacher || student) at every response token. It brings the student near enough to the teacher for on-policy
+distillation (opd.py) to be informative. No reward and no label is used. `--loss ce` is plain cross-entropy on the same
+rollouts, the SFT control. The authors released no warmup code: batch, learning rate and epochs here are this project's.
+
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --out ckpt/warmup
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts ckpt/warmup/rollouts.jsonl --loss ce --out ckpt/sft
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import common
+from common import require
+from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+
+
+@dataclass
+class Args:
+    # experiment
+    teacher: str
+    """frozen target: hub id or local folder of a causal LM"""
+    student: str
+    """policy to train: hub id or local folder; same tokenizer as the teacher"""
+    out: str = "ckpt/warmup"
+    """output folder: Hugging Face checkpoint, rollouts.jsonl, metrics.jsonl, run.json"""
+    train_data: str = "open-r1/DAPO-Math-17k-Processed"
+    """problems, answers not needed: hub id (name, name:config, name:config:split) or local .jsonl/.parquet"""
+    rollouts: str | None = None
+    """reuse the rollouts.jsonl of an earlier run with this teacher and data instead of sampling"""
+    eval_data: str | None = None
+    """labeled problems for the learning curve: one response each, sampled from the student"""
+    eval_every: int = 0
+    """evaluate before training, every so many steps, and at the end; 0: never"""
+    seed: int = 1
+    """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    tensorboard: bool = False
+    """also log to TensorBoard (pip install tensorboard)"""
+    wandb: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+
+    # prompt
+    instruction: str = common.INSTRUCTION
+    """line added after each problem; "" adds none"""
+    thinking: bool = False
+    """let the student's chat template open a thinking block (Qwen3's enable_thinking)"""
+    teacher_thinking: bool = False
+    """the same for the teacher's chat template"""
+    max_prompt_tokens: int = 2048
+    """longer prompts are dropped and counted"""
+
+    # rollout
+    rollouts_per_prompt: int = 1
+    """teacher's responses per problem"""
+    max_response_tokens: int = 8192
+    """longer responses are truncated"""
+    temperature: float = 1.0
+    """sampling temperature; the KL sees both models' logits scaled by the same"""
+    top_p: float = 1.0
+    """must stay 1: the KL is an expectation under the teacher's whole distribution"""
+    rollout_batch_tokens: int = 131072
+    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+
+    # optimisation
+    rollouts_per_step: int = 256
+    """teacher's responses per optimizer step"""
+    epochs: int = 1
+    """passes over the rollouts"""
+    max_steps: int | None = None
+    """stop after so many steps instead"""
+    micro_batch_tokens: int = 16384
+    """padded tokens per forward-backward pass; changes memory and speed, not the gradient"""
+    learning_rate: float = 1e-6
+    """AdamW, constant"""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third more time"""
+
+    # loss
+    loss: Literal["forward_kl", "ce"] = "forward_kl"
+    """forward_kl: KL(teacher || student) over the vocabulary; ce: cross-entropy on the sampled tokens (SFT)"""
+
+
+def main(args: Args) -> None:
+    # ---- check what was typed, before anything expensive
+    require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
+    require(args.temperature > 0, f"--temperature {args.temperature}: must be above 0 in training")
+    require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
+    eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
+    tokenizer = common.load_tokenizer(args.student, "--student")
+    teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
+    common.require_same_tokenizer(teacher_tokenizer, tokenizer)
+
+    problems, [prompts, teacher_prompts] = common.render_prompts(
+        [tokenizer, teacher_tokenizer],
+        problems,
+        args.instruction,
+        [args.thinking, args.teacher_thinking],
+        args.max_prompt_tokens,
+        "--train-data",
+    )
+    eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    index = {problem.text: i for i, problem in enumerate(problems)}
+    saved = common.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
+    if saved is not None:
+        require(
+            saved and all(row.get("problem") in index and row.get("response_ids") for row in saved),
+            f"--rollouts {args.rollouts}: needs rows with response_ids whose problem is in --train-data; give the "
+            f"rollouts.jsonl and the --train-data of one run",
+        )
+    rollout_count = len(saved) if saved is not None else len(problems) * args.rollouts_per_prompt
+    require(
+        args.rollouts_per_step <= rollout_count,
+        f"--rollouts-per-step {args.rollouts_per_step} is more than the "
+        f"{rollout_count} rollouts; use at most that, or raise --rollouts-per-prompt",
+    )
+    total_steps = args.max_steps or -(-args.epochs * rollout_count // args.rollouts_per_step)  # the last wraps around
+
+    # ---- models, optimizer
+    run = common.Run(args, total_steps)
+    common.seed_everything(args.seed)
+    device, dtype = common.device_and_dtype(args.dtype)
+    model = common.load_model(args.student, "--student", device, dtype, trainable=True)
+    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False)
+    head = model.get_output_embeddings().weight  # (V, H)
+    teacher_head = teacher.get_output_embeddings().weight  # (V, Ht)
+    if args.gradient_checkpointing:
+        common.enable_gradient_checkpointing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    sampling = {
+        "max_response_tokens": args.max_response_tokens,
+        "temperature": args.temperature,
+        "batch_tokens": args.rollout_batch_tokens,
+        "seed": args.seed,
+    }
+    grader = common.Grader()  # for --eval-data alone
+
+    # ---- rollout: the teacher answers every problem, once and for all steps
+    rollout_start = time.time()
+    if saved is None:
+        sampler = common.HFSampler(teacher, teacher_tokenizer, dtype, **sampling)
+        with common.progress_bar(rollout_count, "teacher rollouts", "response") as bar:
+            responses = sampler.sample(teacher_prompts, args.rollouts_per_prompt, progress=bar)
+        saved = [
+            {
+                "problem": problems[k // args.rollouts_per_prompt].text,
+                "response_ids": r.ids,
+                "truncated": r.truncated,
+                "response": teacher_tokenizer.decode(r.ids),
+            }
+            for k, r in enumerate(responses)
+        ]
+        Path(run.out, "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in saved))
+    rollout_time = time.time() - rollout_start
+
+    student_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # for --eval-data alone
+    stream = common.problem_stream(rollout_count, args.seed)
+
+    def evaluate():
+        return common.evaluate(student_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+
+    if args.eval_every:
+        run.log(0, evaluate())
+    for step in range(1, total_steps + 1):
+        step_start = time.time()
+        batch = [saved[next(stream)] for _ in range(args.rollouts_per_step)]
+        rows = [index[row["problem"]] for row in batch]
+        response_ids = [row["response_ids"] for row in batch]
+        tokens = sum(map(len, response_ids))  # the loss's one denominator
+
+        # ---- train: one optimizer step, gradients accumulated over micro-batches
+        sums, score_time = torch.zeros(5, dtype=torch.float64), 0.0
+        lengths = [len(prompts[i]) + len(r) for i, r in zip(rows, response_ids, strict=True)]
+        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
+            chosen_ids = [response_ids[k] for k in micro_batch]
+            score_start = time.time()
+            with torch.no_grad(), common.autocast(device, dtype):
+                teacher_hidden, _ = common.response_hidden(
+                    teacher, [teacher_prompts[rows[k]] for k in micro_batch], chosen_ids
+                )  # (N, Ht)
+            score_time += time.time() - score_start
+
+            with common.autocast(device, dtype):
+                hidden, ids = common.response_hidden(model, [prompts[rows[k]] for k in micro_batch], chosen_ids)  # (N, H)
+                target = TeacherHead(teacher_hidden, teacher_head)
+                weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
+                options = {"weight": weight, "temperature": args.temperature, "target_ids": ids}
+                if args.loss == "ce":
+                    _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log
+                    logprobs, _ = fused_linear_logprob(hidden, head, ids)  # (N,): SFT has no temperature
+                    loss = -(weight * logprobs).sum()
+                else:
+                    loss, stats = fused_linear_divergence(
+                        hidden, head, target, kind="forward_kl", **options
+                    )  # sum_n w_n D_n
+            loss.backward()
+            values = [
+                loss.detach() * tokens,
+                stats.forward_kl.sum(),
+                stats.reverse_kl.sum(),
+                stats.student_entropy.sum(),
+                stats.teacher_entropy.sum(),
+            ]
+            sums += torch.stack([v.double().cpu() for v in values])
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        step_time = time.time() - step_start
+
+        # ---- log
+        policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (sums / tokens).tolist()
+        metrics = {
+            "charts/response_length": tokens / len(batch),
+            "charts/truncated_frac": sum(row["truncated"] for row in batch) / len(batch),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/tokens_per_sec": tokens / step_time,
+            "losses/policy_loss": policy_loss,
+            "losses/forward_kl": forward_kl,
+            "losses/reverse_kl": reverse_kl,
+            "losses/entropy": entropy,
+            "losses/teacher_entropy": teacher_entropy,
+            "losses/grad_norm": grad_norm,
+            "time/rollout": rollout_time if step == 1 else 0.0,
+            "time/score": score_time,
+            "time/train": step_time - score_time,
+            "time/step": step_time,
+        }
+        if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
+            metrics |= evaluate()
+        run.log(
+            step, metrics, f"forward_kl {forward_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
+        )
+
+    grader.close()
+    run.finish(model, tokenizer, dtype)
+
+
+if __name__ == "__main__":
+    common.run(main, Args)

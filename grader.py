@@ -1,0 +1,253 @@
+r"""Grades responses against reference answers, 1.0 or 0.0 each: one grader for reward and evaluation alike.
+
+The graded answer is the last \boxed{...} of a response; a response without a usable one scores 0 and is counted.
+kind="math"   equal as mathematics. Identical strings and plain numbers are settled here, exactly; everything else goes
+              to math-verify in child processes. Model output can keep sympy busy for ever, inside C code too, so the
+              kernel kills such a worker at the deadline (score 0, counted) and a new one takes its place.
+kind="boxed"  string equality of the box and the answer, as in the reward of the paper's authors.
+
+    with Grader() as grader:
+        rewards = grader.grade([r"... so it is \boxed{\frac12}"], ["0.5"])  # [1.0]
+"""
+
+import json
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
+from functools import lru_cache
+
+MAX_ANSWER_CHARS = 1000  # a longer box is unparsable and never reaches sympy; MATH-500's longest reference has 53
+CACHED_VERDICTS = 20_000  # some 25 MB at worst
+START_SECONDS = 120.0  # to import sympy, perhaps from a cold network disk; an answer's own deadline starts after it
+NUMBER = re.compile(r"([-+]?)(?:\\?\$)?([1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|,\\!) ?[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac ?\{([0-9]+)\} ?\{([0-9]+)\}|([0-9]+) ?/ ?([0-9]+))")
+# what math-verify drops: the base of 52_8, the power of \text{ cm}^2
+LABEL = re.compile(r"(?:[0-9]_|\\(?:text|mbox|mathrm)\{[^{}]*\}\^)\{?([0-9]+)")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Contents of the last \boxed{...}, braces balanced; None if there is none or it never closes.
+
+    Only the very last \boxed counts: if it is cut off or has no braces (`\boxed 5`), no earlier one stands in for it.
+    `\boxed{}` gives "". As in TeX, `\{` and `\}` are not braces and `\boxedfoo` is another command.
+    """
+    start = text.rfind(r"\boxed")
+    while start >= 0 and text[start + 6 : start + 7].isalpha():
+        start = text.rfind(r"\boxed", 0, start)
+    opening = re.compile(r"\s*\{").match(text, start + 6) if start >= 0 else None
+    depth = 1
+    for token in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()) if opening else ():
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return text[opening.end() : token.start()]
+    return None
+
+
+def reference_answer(text: str) -> str:
+    r"""What a data set's column means: GSM8K's closing `#### 1,234`, a solution's last \boxed{}, else the text."""
+    if closing := re.search(r"(?:^|\n)####([^\n]+)\Z", text.rstrip()):
+        answer = closing[1].strip()
+        return answer.lstrip("$").replace(",", "") if NUMBER.fullmatch(answer) else answer
+    return (last_boxed(text) or text).strip()
+
+
+def plain_number(text: str) -> Fraction | None:
+    r"""Value of an integer, a decimal or a fraction of integers (`+1,234.50`, `\$18`, `\frac{3}{4}`, `3/4`), else None.
+
+    No exponents: a value is never longer than its text, and that is at most MAX_ANSWER_CHARS.
+    """
+    if len(text) > MAX_ANSWER_CHARS:
+        return None
+    if match := FRACTION.fullmatch(text):
+        sign, top, bottom = match[1], int(match[2] or match[4]), int(match[3] or match[5])
+    elif (match := NUMBER.fullmatch(text)) and (match[2] or match[3]):
+        sign, decimals = match[1], match[3] or ""
+        top, bottom = int(re.sub(r"[^0-9]", "", match[2]) + decimals), 10 ** len(decimals)
+    else:
+        return None
+    return Fraction(-top if sign == "-" else top, bottom) if bottom else None
+
+
+def normalize(text: str) -> str:
+    """Drops what cannot change the meaning: runs of white space, one pair of enclosing $, a closing full stop."""
+    text = " ".join(text.split())
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text.removesuffix(".").rstrip()
+
+
+def same_at_sight(answer: str, prediction: str) -> bool | None:
+    """True or False where that takes no mathematics, else None."""
+    if answer == prediction:
+        return True
+    a, b = plain_number(answer), plain_number(prediction)
+    if a is not None and b is not None:
+        both = answer + prediction
+        rounded = "." in both and ("/" in both or "frac" in both)  # math-verify takes 0.333333 for 1/3
+        return a == b or (None if rounded and abs(a - b) < abs(a) / 1000 else False)
+    labels = LABEL.findall(answer), LABEL.findall(prediction)
+    return False if all(labels) and labels[0] != labels[1] else None
+
+
+class Grader:
+    """Calls from several threads take turns. The counters add up over the grader's life:
+
+    unparsable  responses without a usable box: none, cut off, empty, or longer than MAX_ANSWER_CHARS
+    timeouts    responses scored 0 because the worker died on their answer: killed at the deadline, or a crash
+    """
+
+    def __init__(self, kind: str = "math", timeout: float = 5.0, workers: int = 2, memory_gb: float = 2.0):
+        if kind not in ("math", "boxed"):
+            raise ValueError(f"kind must be 'math' or 'boxed', not {kind!r}")
+        if timeout <= 0 or workers < 1 or memory_gb <= 0:
+            raise ValueError(f"must be positive: {timeout=}, {workers=}, {memory_gb=}")
+        self.tidy = normalize if kind == "math" else str.strip
+        self.kind, self.workers, self.unparsable, self.timeouts = kind, workers, 0, 0
+        self.pid, self.lock = os.getpid(), threading.Lock()
+        self.command = [sys.executable, os.path.abspath(__file__), "--worker"]
+        self.command += [str(self.pid), str(timeout), str(memory_gb)]
+        self.pool: ThreadPoolExecutor | None = None  # starts, with the workers, when the first answer needs them
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.judge = lru_cache(CACHED_VERDICTS)(self._judge)
+
+    def grade(self, responses: list[str], answers: list[str]) -> list[float]:
+        """Scores in the order of `responses`.
+
+        Verdicts are kept, time-outs too: the worst case is timeout / workers seconds per distinct hostile answer.
+        """
+        if os.getpid() != self.pid:
+            raise RuntimeError("this Grader was made before a fork and belongs to the parent: make one in this process")
+        pairs = []  # (answer, prediction); None without a usable box
+        for response, answer in zip(responses, answers, strict=True):
+            prediction = (last_boxed(response) or "").strip()
+            prediction = self.tidy(prediction) if len(prediction) <= MAX_ANSWER_CHARS else ""
+            pairs.append((self.tidy(answer), prediction) if prediction else None)
+        with self.lock:
+            self.unparsable += pairs.count(None)
+            if self.kind == "boxed":
+                return [float(pair is not None and pair[0] == pair[1]) for pair in pairs]
+            verdicts = {pair: same_at_sight(*pair) for pair in pairs if pair}
+            hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+            if hard and not self.pool:
+                self.pool = ThreadPoolExecutor(self.workers, "grader")
+                for _ in range(self.workers):
+                    self.idle.put(Worker(self.command))
+            if hard:
+                verdicts.update(zip(hard, self.pool.map(self.judge, hard), strict=True))
+            verdicts[None] = False
+            self.timeouts += sum(verdicts[pair] is None for pair in pairs)
+            return [float(verdicts[pair] is True) for pair in pairs]
+
+    def _judge(self, pair: tuple[str, str]) -> bool | None:
+        worker = self.idle.get()
+        try:
+            return worker.ask(*pair)
+        finally:
+            self.idle.put(worker)
+
+    def close(self) -> None:
+        """Ends the workers. They also end by themselves once this process is gone, however it went."""
+        with self.lock:
+            if self.pool and os.getpid() == self.pid:
+                self.pool.shutdown()
+                self.pool = None
+                while not self.idle.empty():
+                    self.idle.get().stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Worker:
+    """A child process that has imported math-verify, nothing of the caller's, and answers one question at a time."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+        self.start()
+
+    def start(self) -> None:
+        # a session of its own: Ctrl-C is for the trainer, whose end is then also the worker's
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="ascii", start_new_session=True
+        )
+        self.ready = False
+
+    def stop(self) -> None:
+        self.process.kill()
+        with suppress(BrokenPipeError), self.process:  # closes the pipes and waits
+            pass
+
+    def ask(self, answer: str, prediction: str) -> bool | None:
+        """math-verify's verdict; None if the worker died over it."""
+        if self.process.poll() is not None:  # while idle: not this answer's doing
+            self.stop()
+            self.start()
+        if not self.ready and self.process.stdout.readline() != "ready\n":
+            self.stop()
+            raise RuntimeError("the grading worker did not start (pip install math-verify?): see its error above")
+        self.ready = True
+        line = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([answer, prediction]) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        reply = json.loads(line) if line.endswith("\n") else {"equal": None, "retire": True}
+        if reply["retire"]:
+            self.stop()
+            self.start()
+        return reply["equal"]
+
+
+def worker_main(parent: int, timeout: float, memory_gb: float) -> None:
+    import resource
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's own action: it kills, whatever the process is doing
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
+    memory = int(memory_gb * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # whatever gets evaluated, it writes no file
+    protocol, silence = os.fdopen(os.dup(1), "w", encoding="ascii"), os.open(os.devnull, os.O_RDWR)
+    os.dup2(silence, 1)  # what the libraries print is no verdict
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    os.dup2(silence, 2)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    @lru_cache(1000)
+    def parsed(latex: str) -> list:
+        # the whole box or nothing ("first_match"), never the one number that can be read somewhere inside it
+        return parse(f"\\boxed{{{latex}}}", config, extraction_mode="first_match", parsing_timeout=None)
+
+    print("ready", file=protocol, flush=True)
+    while True:
+        while not select.select([sys.stdin], [], [], 2.0)[0]:
+            if os.getppid() != parent:  # a fork of the parent may hold our pipe open: then there is no end of file
+                return
+        line = sys.stdin.readline()
+        if not line:
+            return
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+        equal = False
+        with suppress(Exception):
+            answer, prediction = json.loads(line)
+            equal = bool(verify(parsed(answer), parsed(prediction), timeout_seconds=None))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # after a large answer the memory left may be too little for the next one
+        retire = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > memory / 2
+        print(json.dumps({"equal": equal, "retire": retire}), file=protocol, flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
+    worker_main(int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

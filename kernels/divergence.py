@@ -1,0 +1,451 @@
+# docs: docs/kernels.md
+"""Full-vocabulary divergences between a student and a teacher, from hidden states and heads, in chunks of tokens.
+
+Formula. For one token with logits z_s and z_t, both already divided by the temperature T, and p = softmax(z):
+
+    forward_kl = KL(p_t || p_s) = sum_v p_t (log p_t - log p_s)
+    reverse_kl = KL(p_s || p_t) = sum_v p_s (log p_s - log p_t)
+    jsd        = jsd_beta KL(p_t || m) + (1 - jsd_beta) KL(p_s || m),   m = (1 - jsd_beta) p_s + jsd_beta p_t
+
+    loss = sum_n weight[n] D_n        no division: the caller folds 1 / (token count) into the weight
+
+The gradient of weight D with respect to the student's logits before their division by T:
+
+    forward_kl   (p_s - p_t) weight / T
+    reverse_kl   p_s (gap - E_s[gap]) weight / T,   gap = z_s - z_t                   the normalisers cancel
+    jsd          (1 - jsd_beta) p_s (log p_s - log m - KL(p_s || m)) weight / T
+
+It is computed in the forward pass, while a chunk's logits are at hand: four matrix products in all, two that make the
+logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives all three.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from kernels.linear import (
+    GradsInForward,
+    empty_logits,
+    operand_dtype,
+    project,
+    reduce_grads,
+    refuse_dtensors,
+    result_dtype,
+    rows_per_chunk,
+)
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+# The torch leaves work on a few rows at a time: on a CPU their temporaries then stay in the cache.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+class TeacherHead(NamedTuple):
+    hidden: torch.Tensor  # (N, Ht)
+    weight: torch.Tensor  # (Vt, Ht)
+
+
+class TeacherLogits(NamedTuple):
+    logits: torch.Tensor  # (N, Vt)
+
+
+class TeacherTopK(NamedTuple):
+    ids: torch.Tensor  # (N, K) int64, distinct in each row, below the student's vocabulary size
+    logprobs: torch.Tensor  # (N, K) under the teacher's full vocabulary, already at the loss's temperature
+
+
+class DivergenceStats(NamedTuple):
+    """Detached, (N,) each, fp32 (fp64 for fp64 inputs), 0 where the weight is 0."""
+
+    forward_kl: torch.Tensor
+    reverse_kl: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_logprob: torch.Tensor | None = None  # of target_ids
+    teacher_logprob: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference: the formula in float64, nothing saved
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reference_divergence(student_logits, teacher_logits, kind, jsd_beta=0.5, temperature=1.0):  # (N, V), (N, V) -> (N,)
+    log_ps = torch.log_softmax(student_logits.double() / temperature, -1)
+    log_pt = torch.log_softmax(teacher_logits.double() / temperature, -1)
+
+    def kl(log_p, log_q):
+        p = log_p.exp()
+        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+    if kind == "forward_kl":
+        return kl(log_pt, log_ps)
+    if kind == "reverse_kl":
+        return kl(log_ps, log_pt)
+    log_m = torch.logaddexp(log_ps + math.log1p(-jsd_beta), log_pt + math.log(jsd_beta))
+    return jsd_beta * kl(log_pt, log_m) + (1 - jsd_beta) * kl(log_ps, log_m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernel: the two leaves in torch. divergence_triton.py has the same two for CUDA.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Leaf(NamedTuple):
+    """What the stats leaf finds out about a block of r rows."""
+
+    divergence: torch.Tensor  # (r, 1), as all the others
+    forward_kl: torch.Tensor
+    reverse_kl: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_log_z: torch.Tensor
+    teacher_log_z: torch.Tensor
+    saved: tuple  # for the grad leaf
+
+
+def softmax_and_log_z(z):  # (r, V) -> (r, V), (r, 1)
+    p = torch.softmax(z, -1)
+    # On a CPU softmax adds its normaliser up in plain fp32: 1e-5 off at 151,936 ids. A careful sum repairs that.
+    p.div_(p.sum(-1, keepdim=True))
+    # The largest probability is exp(max - log_z), so two maxima spare a second pass of exponentials.
+    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+
+
+def mean(p, x):  # (r, V), (r, V) -> (r, 1)
+    return (p * x).sum(-1, keepdim=True)
+
+
+def mean_over_support(p, x):
+    """A sum over p leaves out the ids with p = 0, even where x is infinite or nan there: 0 log 0 = 0."""
+    return mean(p, x.masked_fill(p == 0, 0))
+
+
+def torch_stats(zs, zt, kind, jsd_beta, inv_t):  # (r, V), (r, V) -> Leaf
+    dtype = torch.promote_types(zs.dtype, torch.float32)
+    zs, zt = zs.to(dtype), zt.to(dtype)
+    if inv_t != 1:
+        zs, zt = zs * inv_t, zt * inv_t
+    ps, log_z_s = softmax_and_log_z(zs)
+    pt, log_z_t = softmax_and_log_z(zt)
+    gap, shift = zs - zt, log_z_s - log_z_t  # log p_s - log p_t = gap - shift
+
+    moments = mean(ps, gap), mean(pt, gap), mean(ps, zs), mean(pt, zt)
+    if sum(moments).isnan().any():  # 0 * inf: some logit is -inf, or so low that its probability is 0
+        moments = (mean_over_support(*px) for px in ((ps, gap), (pt, gap), (ps, zs), (pt, zt)))
+        gap = gap.masked_fill(ps == 0, 0)
+    gap_s, gap_t, mean_zs, mean_zt = moments
+    forward_kl, reverse_kl = shift - gap_t, gap_s - shift
+
+    if kind == "forward_kl":
+        divergence, saved = forward_kl, (ps, pt)
+    elif kind == "reverse_kl":
+        divergence, saved = reverse_kl, (ps, gap, gap_s)
+    else:
+        # log p_s - log m = -log(1 - beta + beta p_t / p_s) by d = log p_s - log p_t alone: exactly 0 at d = 0, and no
+        # probability is taken the logarithm of. Beyond |d| = 80 one of the two is below 1e-34: the clamp is not seen.
+        d = (zs - zt - shift).nan_to_num_(nan=0.0).clamp_(-80, 80)
+        ratio_s = torch.expm1(-d).mul_(jsd_beta).log1p_().neg_()  # log p_s - log m
+        ratio_t = ratio_s - d  # log p_t - log m
+        kl_student = mean(ps, ratio_s)
+        divergence = jsd_beta * mean(pt, ratio_t) + (1 - jsd_beta) * kl_student
+        saved = ps, ratio_s, kl_student
+    return Leaf(divergence, forward_kl, reverse_kl, log_z_s - mean_zs, log_z_t - mean_zt, log_z_s, log_z_t, saved)
+
+
+def torch_grad(leaf, scale, kind, jsd_beta, out):  # scale (r, 1) = weight / T, out (r, V)
+    if kind == "forward_kl":
+        ps, pt = leaf.saved
+        out.copy_((ps - pt).mul_(scale))
+    else:
+        ps, score, mean_score = leaf.saved
+        out.copy_((score - mean_score).mul_(ps).mul_(scale * (1 - jsd_beta) if kind == "jsd" else scale))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Top-k teacher: the same divergence over K + 1 outcomes, the K ids and "anything else"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def topk_buckets(zs, teacher):  # (r, V) divided by T, (r, K) -> (r, K + 1), (r, K + 1), (r, V)
+    """The outcomes' logits for both models, and the student's log-softmax within the tail.
+
+    Without the tail bucket the reverse KL is smallest where the student empties the K ids. The student's tail is a
+    log-sum-exp over the other ids, because one minus the rest would cancel. Of the teacher's tail no more is known
+    than one minus the rest, so it is taken to be at least a rounding error: 0 would make the reverse KL infinite.
+    """
+    finfo = torch.finfo(zs.dtype)
+    logprobs = teacher.logprobs.to(zs.dtype)
+    tail = zs.scatter(1, teacher.ids, float("-inf"))  # (r, V)
+    tail_log_z = tail.logsumexp(-1, keepdim=True)  # (r, 1)
+    tail_logprob = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp_(min=finfo.eps).log_()
+    tail_logprob.masked_fill_(tail_log_z.isneginf(), float("-inf"))  # K = V: there is no tail, in either model
+    us = torch.cat((zs.gather(1, teacher.ids), tail_log_z), 1)  # (r, K + 1)
+    ut = torch.cat((logprobs, tail_logprob), 1)
+    return us, ut, tail.sub_(tail_log_z.clamp(min=finfo.min))
+
+
+def topk_target(teacher, target):  # (r, K), (r, 1) -> (r, 1)
+    """The target's bucket: its place among the K ids, or K, the tail."""
+    hits = teacher.ids == target
+    return hits.int().argmax(1, keepdim=True).masked_fill_(~hits.any(1, keepdim=True), hits.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrapper: blocks of rows, chunks of tokens, and the public functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Formula(NamedTuple):
+    kind: str
+    jsd_beta: float
+    inv_t: float
+    weight_fn: Callable | None
+
+
+def choose_leaves(teacher, device, dtype):
+    """(stats leaf, grad leaf, how many logits they take at a time)."""
+    if device.type == "cuda" and dtype == torch.float32 and not isinstance(teacher, TeacherTopK):
+        try:
+            from kernels.divergence_triton import triton_grad, triton_stats
+
+            return triton_stats, triton_grad, float("inf")
+        except ImportError:  # no Triton on this platform
+            pass
+    return torch_stats, torch_grad, BLOCK_ELEMENTS[device.type]
+
+
+def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
+    """zs (r, V), teacher logits (r, V) or a TeacherTopK, weight (r,) -> weighted divergences (r,), DivergenceStats.
+
+    Writes the gradient with respect to zs to dz (r, V), which may be the memory of zs itself.
+    """
+    kind, jsd_beta, inv_t, weight_fn = formula
+    stats_leaf, grad_leaf, _ = leaves
+    topk = isinstance(teacher, TeacherTopK)
+    us, ut, logit_scale = zs, teacher, inv_t
+    if topk:  # scales the student's logits now: the teacher's logprobs are at temperature T already
+        zs, logit_scale = zs.to(weight.dtype) * inv_t, 1
+        us, ut, tail_log_p = topk_buckets(zs, teacher)
+    leaf = stats_leaf(us, ut, kind, jsd_beta, logit_scale)
+
+    stats = list(leaf[1:5])
+    if topk:  # the student's entropy over the vocabulary, not the buckets: add the choice left within the tail
+        tail_p, tail_mass = tail_log_p.exp(), (us[:, -1:] - leaf.student_log_z).exp()
+        stats[2] = stats[2] - tail_mass * mean_over_support(tail_p, tail_log_p)
+    if target_ids is not None:
+        target = target_ids.unsqueeze(1)  # (r, 1)
+        bucket = topk_target(teacher, target) if topk else target
+        stats.append(zs.gather(1, target) * logit_scale - leaf.student_log_z)
+        stats.append(ut.gather(1, bucket) * logit_scale - leaf.teacher_log_z)
+    stats = DivergenceStats(*(s.squeeze(1) for s in stats))
+
+    if weight_fn is not None:
+        weight = weight * weight_fn(stats).detach()
+    if dz is not None:
+        scale = (weight * inv_t).unsqueeze(1)  # (r, 1)
+        if topk:
+            du = torch.empty_like(us)
+            grad_leaf(leaf, scale, kind, jsd_beta, du)
+            # a log-sum-exp hands its gradient down by the ids' shares in it; a single id gets all of its own
+            dz.copy_(tail_p.mul_(du[:, -1:]).scatter_(1, teacher.ids, du[:, :-1]))
+        else:
+            grad_leaf(leaf, scale, kind, jsd_beta, dz)
+    return weight * leaf.divergence.squeeze(1), stats
+
+
+def take(x, rows):
+    """Rows of a tensor, of a TeacherTopK, or of nothing. A slice gives a view, indices give a copy."""
+    return x._make(t[rows] for t in x) if isinstance(x, TeacherTopK) else None if x is None else x[rows]
+
+
+def logits_reader(hidden_or_logits, head, V, C, dtype, operand):
+    """-> the head as the products read it (None for logits), and a function from rows to their logits (c, V)."""
+    if head is None:
+        return None, lambda rows: hidden_or_logits[rows, :V]
+    head = head[:V].to(operand)
+    buffer = empty_logits(C, V, dtype, head.device)
+
+    def read(rows):
+        hidden = hidden_or_logits[rows].to(operand)  # (c, H)
+        return project(hidden, head, buffer[: len(hidden)])
+
+    return head, read
+
+
+@torch.no_grad()
+def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, operand, workspace_bytes, formula):
+    """-> loss (), DivergenceStats of (N,), gradients of `student` and `head` (None where not needed).
+
+    `student` are hidden states (N, Hs), or logits (N, V) where `head` is None.
+    """
+    N, device, dtype = student.shape[0], student.device, result_dtype(operand)
+    needs_student, needs_head = needs_grad
+    weight = torch.ones(N, dtype=dtype, device=device) if weight is None else weight.to(dtype)
+    kept = weight.nonzero().squeeze(1)  # a masked token leaves here, before the products
+    n = len(kept)
+
+    # Vocabularies that differ by padding share their first V ids.
+    V = student.shape[1] if head is None else head.shape[0]
+    if isinstance(teacher, TeacherHead):
+        V = min(V, teacher.weight.shape[0])
+    elif isinstance(teacher, TeacherLogits):
+        V = min(V, teacher.logits.shape[1])
+
+    # On a CPU a row's gradient overwrites its logits; on a GPU a bf16 gradient stands beside fp32 logits.
+    in_place = head is not None and device.type == "cpu"
+    bytes_per_row = V * (2 * dtype.itemsize + (0 if in_place else operand.itemsize))
+    C = rows_per_chunk(n, bytes_per_row, workspace_bytes, device)
+    leaves = choose_leaves(teacher, device, dtype)
+    B = int(min(C, max(1, leaves[2] // V)))
+
+    student_head, read_student = logits_reader(student, head, V, C, dtype, operand)
+    if isinstance(teacher, TeacherTopK):
+
+        def read_teacher(rows):
+            return take(teacher, rows)
+
+    elif isinstance(teacher, TeacherLogits):
+        _, read_teacher = logits_reader(teacher.logits, None, V, C, dtype, None)
+    else:
+        teacher_operand = operand_dtype(teacher.hidden)
+        if result_dtype(teacher_operand) != dtype:
+            teacher_operand = dtype
+        _, read_teacher = logits_reader(teacher.hidden, teacher.weight, V, C, dtype, teacher_operand)
+    dstudent = torch.zeros_like(student) if needs_student else None
+    dhead = torch.zeros_like(head, dtype=dtype) if needs_head else None
+    if any(needs_grad) and head is not None and not in_place:
+        dz_buffer = empty_logits(C, V, operand, device)
+
+    losses, stats = [], []
+    for start in range(0, n, C):
+        end = min(start + C, n)
+        rows = slice(start, end) if n == N else kept[start:end]
+        zs, chunk_teacher, chunk_weight, chunk_targets = (
+            read_student(rows), read_teacher(rows), weight[rows], take(target_ids, rows)
+        )  # fmt: skip
+        dz = None
+        if any(needs_grad):
+            dz = dstudent[rows, :V] if head is None else zs if in_place else dz_buffer[: end - start]
+        for i in range(0, end - start, B):
+            inputs = (take(x, slice(i, i + B)) for x in (zs, chunk_teacher, chunk_weight, chunk_targets, dz))
+            block_losses, block_stats = block_loss(*inputs, formula, leaves)
+            losses.append(block_losses)
+            stats.append(block_stats)
+        if head is not None and any(needs_grad):
+            dx = reduce_grads(dz, student[rows].to(operand), student_head, needs_student, dhead)
+            if needs_student:
+                dstudent[rows] = dx.to(dstudent.dtype)
+        elif needs_student and n < N:
+            dstudent[rows, :V] = dz
+
+    if not losses:
+        names = DivergenceStats._fields[: 4 if target_ids is None else 6]
+        return weight.sum(), DivergenceStats(*(weight.new_zeros(N) for _ in names)), dstudent, dhead
+    stats = [s[0] if len(s) == 1 else torch.cat(s) for s in zip(*stats, strict=True) if s[0] is not None]
+    if n < N:
+        stats = [s.new_zeros(N).index_copy_(0, kept, s) for s in stats]
+    return torch.cat(losses).sum(), DivergenceStats(*stats), dstudent, dhead
+
+
+def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes):
+    """Checks what the caller passed, computes loss and gradients, and ties them into autograd."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if not 0 <= jsd_beta <= 1:
+        raise ValueError(f"jsd_beta must lie between 0 (forward KL) and 1 (reverse KL); got {jsd_beta}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    if not isinstance(teacher, (TeacherHead, TeacherLogits, TeacherTopK)):
+        raise ValueError(f"teacher must be a TeacherHead, TeacherLogits or TeacherTopK; got {type(teacher).__name__}")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("weight is a constant of the loss and gets no gradient: pass weight.detach()")
+    refuse_dtensors({"student": student, "student_weight": head, "weight": weight, **teacher._asdict()})
+    N = len(student)
+    for name, tensor in (("teacher", teacher[0]), ("weight", weight), ("target_ids", target_ids)):
+        if tensor is not None and len(tensor) != N:
+            raise ValueError(f"{name} has {len(tensor)} rows, the student has {N}")
+
+    if kind == "jsd" and jsd_beta in (0, 1):
+        kind = "reverse_kl" if jsd_beta else "forward_kl"  # the limits; the formula itself gives 0 there
+    formula = Formula(kind, float(jsd_beta), 1 / temperature, weight_fn)
+    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head)]
+    operand = operand_dtype(student)  # reads the autocast state, which the products below must not see
+    with torch.autocast(student.device.type, enabled=False):
+        loss, stats, *grads = loss_and_grads(
+            student, head, teacher, weight, target_ids, needs_grad, operand, workspace_bytes, formula
+        )
+    if any(needs_grad):
+        loss = GradsInForward.apply(loss, student, head, *grads)
+    return loss, stats
+
+
+def fused_linear_divergence(
+    student_hidden,
+    student_weight,
+    teacher,
+    *,
+    weight=None,
+    kind="reverse_kl",
+    jsd_beta=0.5,
+    temperature=1.0,
+    target_ids=None,
+    weight_fn=None,
+    workspace_bytes=None,
+):
+    """sum_n weight[n] D(student_n, teacher_n) over the full vocabulary, without the (N, V) logits.
+
+    Args:
+        student_hidden: (N, Hs), the last hidden states, after the final norm. fp32, bf16, fp16 or fp64.
+        student_weight: (V, Hs), the output head. May be tied to the embedding, frozen, or of another dtype.
+        teacher: `TeacherHead`, `TeacherLogits` or `TeacherTopK`; it gets no gradient. Where the vocabularies differ in
+            size, the ids that both have are the vocabulary, and the rest of the head's gradient is 0.
+        weight: (N,) constants: mask, 1 / token count, importance weights, of any sign. Rows of weight 0 cost nothing.
+        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
+        jsd_beta: weight of the teacher in the mixture; at 0 and 1 "jsd" is the forward and the reverse KL.
+        temperature: divides both models' logits (a `TeacherTopK` is taken as it is); there is no factor T^2.
+        target_ids: (N,) int64, the ids whose log-probabilities to report in the statistics.
+        weight_fn: `DivergenceStats` of some rows -> (rows,) constants that multiply their weight. It sees any subset
+            of the rows, so it must treat each row by itself.
+        workspace_bytes: room for one chunk's logits and their gradient; `linear.WORKSPACE_BYTES` by default. It
+            changes speed and memory, not the result.
+
+    Returns:
+        loss: (), fp32 (fp64 for fp64 inputs). 0, with a graph and zero gradients, where N = 0 or every weight is 0.
+        stats: `DivergenceStats`, detached. With a `TeacherTopK` the KLs and the teacher's entropy are those of the
+            K + 1 outcomes, and the teacher's log-probability of a target outside the K ids is that of the whole tail.
+
+    A logit of -inf in both models counts 0. In the teacher alone, where the student has mass, it makes the reverse KL
+    infinite and its gradient useless; in the student alone, likewise for the forward KL.
+
+    The gradients are computed here, so the loss can be scaled and added to others but not differentiated twice.
+
+    Raises `ValueError` for an unknown kind, an impossible jsd_beta or temperature, row counts that differ, a weight
+    that requires grad, and a DTensor.
+    """
+    return divergence(
+        student_hidden, student_weight, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn,
+        workspace_bytes,
+    )  # fmt: skip
+
+
+def divergence_from_logits(
+    student_logits,
+    teacher,
+    *,
+    weight=None,
+    kind="reverse_kl",
+    jsd_beta=0.5,
+    temperature=1.0,
+    target_ids=None,
+    weight_fn=None,
+    workspace_bytes=None,
+):
+    """`fused_linear_divergence` for callers who have the student's logits (N, V) already.
+
+    Two passes over the logits, the gradient (N, V) in their dtype, and nothing else of that size.
+    """
+    return divergence(
+        student_logits, None, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes
+    )

@@ -1,0 +1,250 @@
+# docs/opd.md
+"""On-policy distillation (OPD) with dense token-level supervision: stage 2b of the recipe.
+
+Each step the student answers a batch of problems itself, the teacher reads those answers, and the student takes one
+optimizer step on the full-vocabulary KL(student || teacher) at every token it sampled. Nothing flows back through the
+sampling. No reward and no label is used. The teacher's final hidden states are cached, not its logits: 8 KB a token for
+an 8B teacher instead of 304 KB. Deviation from the authors' code: the loss is a mean over all tokens of the batch, not
+a mean of micro-batch means.
+
+    python opd.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B
+    python opd.py --teacher ckpt/8b_rl --student ckpt/warmup --train-data problems.jsonl --out ckpt/bridge
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import require
+from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
+
+
+@dataclass
+class Args:
+    # experiment
+    teacher: str
+    """frozen target: hub id or local folder of a causal LM"""
+    student: str
+    """policy to train: hub id or local folder; same tokenizer as the teacher"""
+    out: str = "ckpt/opd"
+    """output folder: Hugging Face checkpoint, metrics.jsonl, run.json"""
+    train_data: str = "open-r1/DAPO-Math-17k-Processed"
+    """problems, answers not needed: hub id (name, name:config, name:config:split) or local .jsonl/.parquet"""
+    eval_data: str | None = None
+    """labeled problems for the learning curve: one response each, sampled as in training"""
+    eval_every: int = 0
+    """evaluate before training, every so many steps, and at the end; 0: never"""
+    seed: int = 1
+    """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    tensorboard: bool = False
+    """also log to TensorBoard (pip install tensorboard)"""
+    wandb: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+
+    # prompt
+    instruction: str = common.INSTRUCTION
+    """line added after each problem; "" adds none"""
+    thinking: bool = False
+    """let the student's chat template open a thinking block (Qwen3's enable_thinking)"""
+    teacher_thinking: bool = False
+    """the same for the teacher's chat template"""
+    max_prompt_tokens: int = 2048
+    """longer prompts are dropped and counted"""
+
+    # rollout
+    prompts_per_step: int = 256
+    """problems sampled per step, one response each"""
+    max_response_tokens: int = 8192
+    """longer responses are truncated"""
+    temperature: float = 1.0
+    """sampling temperature; the loss sees both models' logits scaled by the same"""
+    top_p: float = 1.0
+    """must stay 1 in training: the loss is an expectation under the student's whole distribution"""
+    rollout_batch_tokens: int = 131072
+    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+
+    # optimisation
+    epochs: int = 15
+    """passes over the problems"""
+    max_steps: int | None = None
+    """stop after so many steps instead"""
+    micro_batch_tokens: int = 16384
+    """padded tokens per forward-backward pass; changes memory and speed, not the gradient"""
+    learning_rate: float = 1e-6
+    """AdamW, constant"""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third more time"""
+
+    # loss
+    loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled"] = "reverse_kl"
+    """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone"""
+    jsd_beta: float = 0.5
+    """jsd's weight of the teacher in the mixture: 0 is forward_kl, 1 is reverse_kl"""
+
+
+def main(args: Args) -> None:
+    # ---- check what was typed, before anything expensive
+    require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
+    require(args.temperature > 0, f"--temperature {args.temperature}: must be above 0 in training")
+    require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
+    require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
+    eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
+    tokenizer = common.load_tokenizer(args.student, "--student")
+    teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
+    common.require_same_tokenizer(teacher_tokenizer, tokenizer)
+
+    problems, [prompts, teacher_prompts] = common.render_prompts(
+        [tokenizer, teacher_tokenizer],
+        problems,
+        args.instruction,
+        [args.thinking, args.teacher_thinking],
+        args.max_prompt_tokens,
+        "--train-data",
+    )
+    eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    require(
+        args.prompts_per_step <= len(problems),
+        f"--prompts-per-step {args.prompts_per_step} is more than the "
+        f"{len(problems)} problems of --train-data; use at most that",
+    )
+    total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
+
+    # ---- models, sampler, optimizer
+    run = common.Run(args, total_steps)
+    common.seed_everything(args.seed)
+    device, dtype = common.device_and_dtype(args.dtype)
+    model = common.load_model(args.student, "--student", device, dtype, trainable=True)
+    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False)
+    head = model.get_output_embeddings().weight  # (V, H)
+    teacher_head = teacher.get_output_embeddings().weight  # (V, Ht)
+    cache_logits = teacher_head.shape[0] <= teacher_head.shape[1]  # whichever is smaller per token
+    if args.gradient_checkpointing:
+        common.enable_gradient_checkpointing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    sampler = common.HFSampler(
+        model,
+        tokenizer,
+        dtype,
+        max_response_tokens=args.max_response_tokens,
+        temperature=args.temperature,
+        batch_tokens=args.rollout_batch_tokens,
+        seed=args.seed,
+    )
+    grader = common.Grader()  # for --eval-data alone
+    stream = common.problem_stream(len(problems), args.seed)
+
+    def evaluate():
+        return common.evaluate(sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+
+    if args.eval_every:
+        run.log(0, evaluate())
+    for step in range(1, total_steps + 1):
+        step_start = time.time()
+
+        # ---- rollout: the student answers
+        batch = [next(stream) for _ in range(args.prompts_per_step)]
+        responses = sampler.sample([prompts[i] for i in batch], 1)
+        response_ids = [r.ids for r in responses]
+        tokens = sum(map(len, response_ids))  # the loss's one denominator
+        rollout_time = time.time() - step_start
+
+        # ---- score: the teacher reads the answers behind its own rendering of the prompts
+        score_start = time.time()
+        cached = [None] * len(batch)  # per response (R, Ht) hidden states or (R, V) logits, on the CPU
+        lengths = [len(teacher_prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
+            chosen_ids = [response_ids[k] for k in micro_batch]
+            with torch.no_grad(), common.autocast(device, dtype):
+                hidden, _ = common.response_hidden(teacher, [teacher_prompts[batch[k]] for k in micro_batch], chosen_ids)
+                cache = hidden @ teacher_head.T if cache_logits else hidden.to(dtype)  # (N, V) or (N, Ht)
+            for k, rows in zip(micro_batch, cache.cpu().split([len(ids) for ids in chosen_ids]), strict=True):
+                cached[k] = rows
+        score_time = time.time() - score_start
+
+        # ---- train: one optimizer step, gradients accumulated over micro-batches
+        train_start = time.time()
+        sums = torch.zeros(5, dtype=torch.float64)
+        diff_sum, diff_max = 0.0, 0.0
+        lengths = [len(prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
+            chosen_ids = [response_ids[k] for k in micro_batch]
+            with common.autocast(device, dtype):
+                hidden, ids = common.response_hidden(model, [prompts[batch[k]] for k in micro_batch], chosen_ids)  # (N, H)
+                target = torch.cat([cached[k] for k in micro_batch]).to(device)  # (N, V) or (N, Ht)
+                target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
+                weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
+                options = {"weight": weight, "jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}
+                if args.loss == "sampled":
+                    # d/dtheta E_student[log p_student - log p_teacher] by the score function: the log-ratio is a
+                    # constant per-token advantage; differentiating through it instead would carry no teacher signal
+                    _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
+                    new_logprobs, _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
+                    advantage = stats.teacher_logprob - stats.student_logprob  # (N,)
+                    loss = -(weight * advantage * new_logprobs).sum()
+                else:
+                    loss, stats = fused_linear_divergence(hidden, head, target, kind=args.loss, **options)  # sum_n w_n D_n
+            loss.backward()
+
+            reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
+            diff = (stats.student_logprob - reported).abs()  # (N,)
+            diff_sum, diff_max = diff_sum + float(diff.sum()), max(diff_max, float(diff.max()))
+            values = [
+                loss.detach() * tokens,
+                stats.reverse_kl.sum(),
+                stats.forward_kl.sum(),
+                stats.student_entropy.sum(),
+                stats.teacher_entropy.sum(),
+            ]
+            sums += torch.stack([v.double().cpu() for v in values])
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        train_time = time.time() - train_start
+
+        sync_start = time.time()
+        sampler.update_weights(model)
+        sync_time, step_time = time.time() - sync_start, time.time() - step_start
+
+        # ---- log
+        policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy = (sums / tokens).tolist()
+        metrics = {
+            "charts/response_length": tokens / len(batch),
+            "charts/truncated_frac": sum(r.truncated for r in responses) / len(batch),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/tokens_per_sec": tokens / step_time,
+            "losses/policy_loss": policy_loss,
+            "losses/reverse_kl": reverse_kl,
+            "losses/forward_kl": forward_kl,
+            "losses/entropy": entropy,
+            "losses/teacher_entropy": teacher_entropy,
+            "losses/grad_norm": grad_norm,
+            "debug/sampler_logprob_diff_mean": diff_sum / tokens,
+            "debug/sampler_logprob_diff_max": diff_max,
+            "time/rollout": rollout_time,
+            "time/score": score_time,
+            "time/train": train_time,
+            "time/sync": sync_time,
+            "time/step": step_time,
+        }
+        if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
+            metrics |= evaluate()
+        run.log(
+            step, metrics, f"reverse_kl {reverse_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
+        )
+
+    grader.close()
+    run.finish(model, tokenizer, dtype)
+
+
+if __name__ == "__main__":
+    common.run(main, Args)

@@ -1,0 +1,176 @@
+# docs/samplers.md
+"""Samplers: prompts in, responses out, both as token ids; text is never tokenized again. The contract:
+
+sample(prompts, n)     n responses per prompt, with the log-probability of each sampled id and whether it was cut
+update_weights(model)  sample from these weights from now on
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """bfloat16 compute over float32 master weights; nothing for the other dtypes."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a response: the tokenizer's eos and those of the generation config."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
+
+
+class Response(NamedTuple):
+    ids: list[int]  # sampled token ids, the final EOS included; none after it
+    sampler_logprobs: list[float]  # log p of each id under the sampling distribution
+    truncated: bool  # hit max_response_tokens without an EOS
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer that writes into a buffer with room to spare, where DynamicLayer copies the whole cache per token."""
+
+    ROOM = 64  # tokens
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.buffers = [None, None]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, which: int, cached, new):  # (rows, heads, length, D), (rows, heads, q, D)
+        length, total = cached.shape[-2], cached.shape[-2] + new.shape[-2]
+        buffer = self.buffers[which]
+        if buffer is None or len(buffer) != len(cached) or buffer.shape[-2] < total:
+            buffer = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
+            buffer[..., :length, :] = cached
+            self.buffers[which] = buffer
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+
+class HFSampler:
+    """Samples from a live transformers model with a KV cache.
+
+    Prompts are sorted by length and batched under `batch_tokens` of cache (prompt + response tokens, summed over rows);
+    a prompt is prefilled once for its n responses, and finished rows leave the batch."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        dtype,
+        *,
+        max_response_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        batch_tokens=131072,
+        seed=0,
+    ):
+        self.model, self.dtype, self.device = model, dtype, model.device
+        self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
+        self.eos_ids = torch.tensor(eos_token_ids(model, tokenizer), device=self.device)
+        self.greedy = temperature == 0
+        self.warpers = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k > 0:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def update_weights(self, model) -> None:
+        """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
+        self.model = model
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], n: int, progress=None) -> list[Response]:
+        """n responses per prompt; response j of prompt i is at index i * n + j. `progress` is a tqdm over responses."""
+        was_training = self.model.training
+        self.model.eval()  # gradient checkpointing in train mode would switch the cache off
+        responses = [None] * (len(prompts) * n)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
+            row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
+            while order and (len(rows) + 1) * row_tokens <= self.batch_tokens:
+                rows.append(order.pop())
+            with autocast(self.device, self.dtype):
+                batch = self._sample_batch([prompts[i] for i in rows], n, progress)
+            for k, response in enumerate(batch):
+                responses[rows[k // n] * n + k % n] = response
+        self.model.train(was_training)
+        return responses
+
+    def _sample_batch(self, prompts, n, progress) -> list[Response]:
+        B, P, T = len(prompts), max(map(len, prompts)), self.max_response_tokens
+        input_ids = torch.full((B, P), self.pad_id)
+        mask = torch.zeros((B, P), dtype=torch.long)  # left padding: the next token of every row is in one column
+        for row, prompt in enumerate(prompts):
+            input_ids[row, P - len(prompt) :] = torch.tensor(prompt)
+            mask[row, P - len(prompt) :] = 1
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        padded = not bool(mask.all())
+        position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        logits = self._forward(input_ids, mask if padded else None, position, cache).repeat_interleave(n, 0)  # (B*n, V)
+        cache.batch_repeat_interleave(n)
+        mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
+
+        ids = torch.full((B * n, T), self.pad_id, device=self.device)
+        logprobs = torch.zeros((B * n, T), device=self.device)
+        lengths = torch.full((B * n,), T, device=self.device)
+        truncated = torch.ones(B * n, dtype=torch.bool, device=self.device)
+        live = torch.arange(B * n, device=self.device)  # output row of each row still in the batch
+        running = torch.ones(B * n, dtype=torch.bool, device=self.device)  # of the rows still in the batch
+        for t in range(T):
+            scores = logits.float() if logits.dtype != torch.float64 else logits
+            log_p = torch.log_softmax(self.warpers(None, scores), dim=-1)  # (rows, V)
+            token = log_p.argmax(-1) if self.greedy else torch.multinomial(log_p.exp(), 1, generator=self.generator)[:, 0]
+            ids[live, t] = token  # rows that have ended are still written to; `lengths` cuts them off
+            logprobs[live, t] = log_p.gather(-1, token[:, None])[:, 0].float()
+            ended = running & torch.isin(token, self.eos_ids)
+            lengths[live[ended]] = t + 1
+            truncated[live[ended]] = False
+            running = running & ~ended
+            left = int(running.sum())
+            if progress is not None:
+                progress.update(int(ended.sum()))
+            if left == 0 or t == T - 1:
+                break
+            if left <= 0.75 * len(live):  # dropping rows copies the cache, so not for each one
+                keep = running.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live, running, token, mask, position = live[keep], running[keep], token[keep], mask[keep], position[keep]
+            position = position + 1
+            if padded:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self._forward(token[:, None], mask if padded else None, position, cache)
+        if progress is not None:
+            progress.update(int(truncated.sum()))
+        columns = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), truncated.tolist(), strict=True)
+        return [Response(row[:length], logp[:length], cut) for row, logp, length, cut in columns]
+
+    def _forward(self, input_ids, mask, position, cache):
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]  # (rows, V)

@@ -1,0 +1,77 @@
+"""Two FSDP2 ranks with half the batch each equal one process with all of it: loss, gradients, and the refusal.
+
+    python tests/kernels_fsdp.py        starts both ranks (gloo, CPU)
+"""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from kernels import TeacherLogits, fused_linear_divergence
+
+B, HIDDEN, VOCAB = 12, 8, 37
+
+
+class Student(nn.Module):
+    """The loss is part of forward: there FSDP2 has unsharded the head, and its hooks see the head's gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, inputs, teacher, weight):
+        return fused_linear_divergence(self.body(inputs), self.head.weight, teacher, weight=weight)[0]
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    weight = (torch.rand(B, generator=generator) < 0.7).float()
+    weight[: B // 2] = 0  # all of rank 0's tokens are masked: it must still take part, with zero gradients
+    weight = weight / weight.sum()  # one global token count
+    return torch.randn(B, HIDDEN, generator=generator), torch.randn(B, VOCAB, generator=generator), weight
+
+
+def run(rank, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole, sharded = Student(), Student()
+    sharded.load_state_dict(whole.state_dict())
+    inputs, teacher_logits, weight = batch()
+    for weight in (weight, weight.flip(0), weight + 0.1):
+        whole.zero_grad()
+        expected = whole(inputs, TeacherLogits(teacher_logits), weight)
+        expected.backward()
+
+        model = Student()
+        model.load_state_dict(whole.state_dict())
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
+        model.set_gradient_divide_factor(1.0)  # sum over ranks: the weights hold the global count already
+        half = slice(rank * B // 2, (rank + 1) * B // 2)
+        loss = model(inputs[half], TeacherLogits(teacher_logits[half]), weight[half])
+        loss.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, expected.detach())
+        for parameter, reference in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad)
+
+    model.reshard()
+    try:
+        fused_linear_divergence(inputs[half], model.head.weight, TeacherLogits(teacher_logits[half]))
+    except ValueError as error:
+        assert "DTensor" in str(error)
+    else:
+        raise AssertionError("a DTensor head was accepted")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, args=(os.path.join(folder, "rendezvous"),), nprocs=2)
+    print("ok")

@@ -1,0 +1,657 @@
+"""kernels/: values and gradients against the float64 references, edge values, chunking, and the Triton leaves.
+
+The Triton leaves are tested without a GPU, each in a process of its own (the interpreter and the compiler do not share
+one): kernels_interpret.py runs them on the CPU, kernels_aot.py compiles them for sm_80 and sm_90. On a machine with a
+GPU, kernels_cuda.py compares whole losses.
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import kernels.divergence
+from kernels import (
+    TeacherHead,
+    TeacherLogits,
+    TeacherTopK,
+    divergence_from_logits,
+    fused_linear_divergence,
+    fused_linear_logprob,
+    head_weight,
+)
+from kernels.divergence import reference_divergence
+from kernels.linear import rows_per_chunk
+from kernels.logprob import reference_logprob
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.0), ("jsd", 1.0)]
+N, V, HS, HT, K = 6, 13, 5, 7, 4
+ROOT = Path(__file__).parent.parent
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape, grad=False, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def limit(kind, jsd_beta):
+    """jsd at its ends is the KL itself, by definition."""
+    return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(jsd_beta, kind) if kind == "jsd" else kind
+
+
+def reference_buckets(zs, zt, ids, temperature=1.0):  # (N, V), (N, V), (N, K) -> (N, K + 1) log-masses, twice
+    """Probabilities, summed: what topk_buckets does in logarithms."""
+
+    def buckets(z):
+        p = torch.softmax(z.double() / temperature, -1)
+        top = p.gather(1, ids)
+        return torch.cat((top, 1 - top.sum(-1, keepdim=True)), 1).log()
+
+    return buckets(zs), buckets(zt)
+
+
+def make_teacher(how, hidden, head, temperature=1.0):
+    logits = hidden @ head.T
+    if how == "head":
+        return TeacherHead(hidden, head)
+    if how == "logits":
+        return TeacherLogits(logits)
+    logprobs, ids = (logits / temperature).log_softmax(-1).topk(K)
+    return TeacherTopK(ids, logprobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formula
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_direction_of_the_kls():
+    """Three tokens, by hand: forward is KL(teacher || student), reverse is KL(student || teacher)."""
+    ps, pt = [0.7, 0.2, 0.1], [0.2, 0.2, 0.6]
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))  # noqa: E731
+    student, teacher = (torch.tensor([p], dtype=torch.float64).log() for p in (ps, pt))
+    for kind, expected in (("forward_kl", kl(pt, ps)), ("reverse_kl", kl(ps, pt))):
+        loss, stats = divergence_from_logits(student, TeacherLogits(teacher), kind=kind)
+        assert loss.item() == pytest.approx(expected)
+        assert reference_divergence(student, teacher, kind).item() == pytest.approx(expected)
+        assert getattr(stats, kind).item() == pytest.approx(expected)
+    for jsd_beta in (0.1, 0.5, 0.9):
+        m = [(1 - jsd_beta) * a + jsd_beta * b for a, b in zip(ps, pt, strict=True)]
+        expected = jsd_beta * kl(pt, m) + (1 - jsd_beta) * kl(ps, m)
+        loss, _ = divergence_from_logits(student, TeacherLogits(teacher), kind="jsd", jsd_beta=jsd_beta)
+        assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("how", ["head", "logits", "topk"])
+@pytest.mark.parametrize(("kind", "jsd_beta"), KINDS)
+def test_gradcheck(kind, jsd_beta, how, temperature):
+    x, head, target = randn(N, HS, grad=True), randn(V, HS, grad=True), randn(N, HT)
+    teacher_head = randn(V, HT)
+    teacher = make_teacher(how, target, teacher_head, temperature)
+    weight = torch.tensor([1.0, 0.0, -0.5, 2.0, 0.0, 0.3], dtype=torch.float64)
+    options = dict(weight=weight, kind=kind, jsd_beta=jsd_beta, temperature=temperature, workspace_bytes=3 * V * 16)
+
+    assert gradcheck(lambda x, head: fused_linear_divergence(x, head, teacher, **options)[0], (x, head))
+    logits = (x @ head.T).detach().requires_grad_()
+    assert gradcheck(lambda z: divergence_from_logits(z, teacher, **options)[0], (logits,))
+
+    teacher_logits = target @ teacher_head.T
+    if how == "topk":
+        expected = reference_divergence(
+            *reference_buckets(logits, teacher_logits, teacher.ids, temperature), limit(kind, jsd_beta), jsd_beta
+        )
+    else:
+        expected = reference_divergence(logits, teacher_logits, limit(kind, jsd_beta), jsd_beta, temperature)
+    loss, _ = fused_linear_divergence(x, head, teacher, **options)
+    torch.testing.assert_close(loss, (weight * expected).sum())
+    torch.testing.assert_close(divergence_from_logits(logits, teacher, **options)[0], loss)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_stats(temperature):
+    zs, zt, ids = randn(N, V) * 2, randn(N, V) * 2, torch.randint(V, (N,))
+    weight = torch.ones(N, dtype=torch.float64)
+    weight[2] = 0
+    options = dict(weight=weight, temperature=temperature, target_ids=ids)
+    loss, stats = divergence_from_logits(zs, TeacherLogits(zt), **options)
+    student_logprob, student_entropy = reference_logprob(zs, ids, temperature)
+    teacher_logprob, teacher_entropy = reference_logprob(zt, ids, temperature)
+    expected = (
+        reference_divergence(zs, zt, "forward_kl", temperature=temperature),
+        reference_divergence(zs, zt, "reverse_kl", temperature=temperature),
+        student_entropy, teacher_entropy, student_logprob, teacher_logprob,
+    )  # fmt: skip
+    for value, reference in zip(stats, expected, strict=True):
+        assert not value.requires_grad
+        torch.testing.assert_close(value, weight * reference)
+    assert divergence_from_logits(zs, TeacherLogits(zt))[1].student_logprob is None
+
+
+def test_topk_stats():
+    zs, zt = randn(N, V), randn(N, V)
+    logprobs, ids = zt.log_softmax(-1).topk(K)
+    target = torch.stack((ids[0, 2], zt[1].argmin(), *ids[2:, 0]))  # row 1: an id outside its K
+    _, stats = divergence_from_logits(zs, TeacherTopK(ids, logprobs), target_ids=target)
+    us, ut = reference_buckets(zs, zt, ids)
+    torch.testing.assert_close(stats.reverse_kl, reference_divergence(us, ut, "reverse_kl"))
+    torch.testing.assert_close(stats.forward_kl, reference_divergence(us, ut, "forward_kl"))
+    torch.testing.assert_close(stats.student_entropy, reference_logprob(zs, target)[1])  # of the whole vocabulary
+    torch.testing.assert_close(stats.student_logprob, reference_logprob(zs, target)[0])
+    torch.testing.assert_close(stats.teacher_entropy, reference_logprob(ut, target * 0)[1])  # of the K + 1 outcomes
+    assert stats.teacher_logprob[0] == logprobs[0, 2]
+    torch.testing.assert_close(stats.teacher_logprob[1], ut[1, K])
+
+
+@pytest.mark.parametrize(("kind", "jsd_beta"), KINDS)
+def test_topk_of_every_id_is_the_divergence_itself(kind, jsd_beta):
+    zs, zt = randn(N, V, grad=True), randn(N, V)
+    ids = torch.stack([torch.randperm(V) for _ in range(N)])
+    teacher = TeacherTopK(ids, zt.log_softmax(-1).gather(1, ids))
+    losses = [divergence_from_logits(zs, t, kind=kind, jsd_beta=jsd_beta)[0] for t in (teacher, TeacherLogits(zt))]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, zs)[0] for loss in losses))
+
+
+def test_topk_does_not_reward_an_empty_top():
+    """Without the tail bucket, moving the student's mass out of the K ids would bring the reverse KL below 0."""
+    logprobs, ids = randn(1, V).log_softmax(-1).topk(K)
+    inside = torch.full((1, V), -20.0, dtype=torch.float64).scatter(1, ids, logprobs)
+    outside = torch.zeros(1, V, dtype=torch.float64).scatter(1, ids, -30.0)
+    values = [divergence_from_logits(z, TeacherTopK(ids, logprobs))[0].item() for z in (inside, outside)]
+    assert 0 < values[0] < values[1]
+
+
+def test_topk_with_all_mass_in_the_top_is_finite():
+    """In fp32 a teacher's K probabilities can add up to 1 or a little more: its tail is then a rounding error, not 0."""
+    zs = randn(2, V, dtype=torch.float32, grad=True)
+    teacher = TeacherTopK(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[0.5, 0.5], [0.6, 0.40001]]).log())
+    for kind, jsd_beta in KINDS:
+        loss, _ = divergence_from_logits(zs, teacher, kind=kind, jsd_beta=jsd_beta)
+        assert loss.isfinite() and torch.autograd.grad(loss, zs)[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edge values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "jsd_beta"), [*KINDS, ("jsd", 0.3), ("jsd", 0.7)])
+def test_identical_models_give_exactly_zero(kind, jsd_beta):
+    x, head = randn(N, HS, dtype=torch.float32, grad=True), randn(1000, HS, dtype=torch.float32, grad=True)
+    teacher = TeacherHead(x.detach().clone(), head.detach().clone())
+    loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta)
+    loss.backward()
+    assert loss == 0 and (stats.forward_kl == 0).all() and (stats.reverse_kl == 0).all()
+    assert (x.grad == 0).all() and (head.grad == 0).all()
+
+
+def edge_logits():
+    """name -> (student, teacher, infinite KLs): fp32 logits (1, 8)."""
+    zs, zt = randn(2, 1, 8, dtype=torch.float32).unbind(0)
+
+    def put(z, values):
+        z = z.clone()
+        for i, value in values.items():
+            z[0, i] = value
+        return z
+
+    return {
+        "-inf in both": (put(zs, {1: -INF, 4: -INF}), put(zt, {1: -INF, 4: -INF}), ()),
+        "-inf in the teacher": (zs, put(zt, {2: -INF}), ("reverse_kl",)),
+        "-inf in the student": (put(zs, {2: -INF}), zt, ("forward_kl",)),
+        "-inf in the teacher where the student underflows": (put(zs, {2: -300.0}), put(zt, {2: -INF}), ()),
+        "-inf first": (put(zs, dict.fromkeys(range(7), -INF)), put(zt, dict.fromkeys(range(7), -INF)), ()),
+        "student underflows": (put(zs, {3: -200.0}), zt, ()),
+        "teacher underflows": (zs, put(zt, {3: -200.0}), ()),
+        "both underflow": (put(zs, {3: -200.0}), put(zt, {3: -150.0}), ()),
+        "disjoint": (put(zs, {0: 150.0}), put(zt, {1: 150.0}), ()),
+        "spike": (put(zs, {0: 3e4}), put(zt, {0: 3e4}), ()),
+        "spike in the student": (put(zs, {0: 3e4}), zt, ()),
+        "spike in the teacher": (zs, put(zt, {0: 3e4}), ()),
+    }
+
+
+@pytest.mark.parametrize("name", edge_logits())
+@pytest.mark.parametrize(("kind", "jsd_beta"), KINDS)
+def test_edge_values(name, kind, jsd_beta):
+    zs, zt, infinite = edge_logits()[name]
+    zs.requires_grad_()
+    loss, stats = divergence_from_logits(zs, TeacherLogits(zt), kind=kind, jsd_beta=jsd_beta)
+    for field in ("forward_kl", "reverse_kl"):
+        expected = reference_divergence(zs, zt, field).float()
+        if field in infinite:
+            expected = torch.tensor([INF])
+        if name == "-inf in the teacher where the student underflows" and field == "reverse_kl":
+            expected = getattr(stats, field)  # e^-300 is 0 in fp32 and not in the reference: inf there
+            assert expected.isfinite()
+        # a logit of 3e4 is itself only known to 2e-3
+        atol = 4e-3 if "spike" in name else 1e-6
+        torch.testing.assert_close(getattr(stats, field), expected, rtol=1e-5, atol=atol)
+    assert stats.student_entropy.isfinite() and stats.teacher_entropy.isfinite()
+    grad = torch.autograd.grad(loss, zs)[0]
+    if limit(kind, jsd_beta) in infinite:
+        assert loss.isinf()
+    else:
+        torch.testing.assert_close(loss, getattr(stats, limit(kind, jsd_beta), [loss])[0])
+        assert loss.isfinite() and grad.isfinite().all()
+        if "-inf" not in name:  # the reference's own gradient is nan at -inf
+            reference_zs = zs.detach().double().requires_grad_()
+            reference_divergence(reference_zs, zt, limit(kind, jsd_beta), jsd_beta).sum().backward()
+            torch.testing.assert_close(grad, reference_zs.grad.float(), rtol=1e-4, atol=1e-4 if "spike" in name else 1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 1000, 151669])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_sizes(rows, vocab):
+    """fp32 against the reference, value and gradient, for every kind at once."""
+    x, head = randn(rows, 8, dtype=torch.float32, grad=True), randn(vocab, 8, dtype=torch.float32, grad=True)
+    teacher = TeacherHead(randn(rows, 4, dtype=torch.float32), randn(vocab, 4, dtype=torch.float32))
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, target_ids=torch.zeros(rows).long())
+        grads = torch.autograd.grad(loss, (x, head))
+        x64, head64 = (t.detach().double().requires_grad_() for t in (x, head))
+        z64 = x64 @ head64.T
+        expected = reference_divergence(z64, (teacher.hidden.double() @ teacher.weight.double().T), kind).sum()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        assert loss.dtype == torch.float32 and all(len(s) == rows for s in stats)
+        for grad, reference in zip(grads, torch.autograd.grad(expected, (x64, head64)), strict=True):
+            assert (grad - reference).norm() <= 2e-4 * max(reference.norm(), 1)
+
+
+def test_small_divergences_keep_their_digits():
+    """A student close to its teacher, as late in distillation: KL about 3e-5, and the gradient with it."""
+    zt = 3 * randn(8, 5000, dtype=torch.float32)
+    zs = (zt + 0.01 * torch.randn_like(zt)).requires_grad_()
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        loss, stats = divergence_from_logits(zs, TeacherLogits(zt), kind=kind)
+        grad = torch.autograd.grad(loss, zs)[0].double()
+        reference_zs = zs.detach().double().requires_grad_()
+        expected = reference_divergence(reference_zs, zt, kind).sum()
+        reference_grad = torch.autograd.grad(expected, reference_zs)[0]
+        assert abs(loss - expected) < 1e-2 * expected
+        assert (grad - reference_grad).norm() < 1e-4 * reference_grad.norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights, chunks, shapes, dtypes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_do_not_change_the_result():
+    rows = 300
+    x, head = randn(rows, HS, grad=True), randn(V, HS, grad=True)
+    weight = torch.rand(rows, dtype=torch.float64) * (torch.rand(rows) < 0.8)
+    ids = torch.randint(V, (rows,))
+    for how in ("head", "logits", "topk"):
+        teacher = make_teacher(how, randn(rows, HT), randn(V, HT))
+        results = []
+        for chunk in (1, 7, 128, 130, 299, 1000):  # one row, tails, a multiple of 128, one chunk
+            options = dict(weight=weight, target_ids=ids, workspace_bytes=chunk * V * 16)
+            loss, stats = fused_linear_divergence(x, head, teacher, **options)
+            results.append((loss, *stats, *torch.autograd.grad(loss, (x, head))))
+        for result in results[:-1]:
+            for value, expected in zip(result, results[-1], strict=True):
+                torch.testing.assert_close(value, expected)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
+    ids = torch.randint(V, (N,))
+
+    def everything():
+        loss, stats = fused_linear_divergence(x, head, teacher, target_ids=ids)
+        logprobs, entropy = fused_linear_logprob(x, head, ids)
+        return [loss, *stats, logprobs, entropy, *torch.autograd.grad(loss + (logprobs * entropy).sum(), (x, head))]
+
+    whole = everything()
+    for rows in (1, 4):
+        monkeypatch.setitem(kernels.divergence.BLOCK_ELEMENTS, "cpu", rows * V)
+        for value, expected in zip(everything(), whole, strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+def test_rows_per_chunk():
+    cpu = torch.device("cpu")
+    for n in (1, 127, 128, 129, 1000, 8192):
+        for most in (1, 5, 127, 128, 200, 1024, 10000):
+            rows = rows_per_chunk(n, 10, most * 10 + 3, cpu)
+            assert 1 <= rows <= max(most, 1)
+            assert rows >= n or most < 128 or rows % 128 == 0
+            if most < 128:
+                assert -(-n // rows) == -(-n // most)  # balanced: no more chunks than needed
+    assert rows_per_chunk(0, 10, 100, cpu) == 1
+    assert rows_per_chunk(8192, 1519360, None, torch.device("cuda")) == 1024
+
+
+@pytest.mark.parametrize("rows", [0, N])
+def test_nothing_to_learn_from_keeps_a_graph(rows):
+    """N = 0 and all-masked: every rank still gets zero gradients to reduce."""
+    x, head = randn(rows, HS, grad=True), randn(V, HS, grad=True)
+    teacher = TeacherHead(randn(rows, HT), randn(V, HT))
+    weight = torch.zeros(rows, dtype=torch.float64)
+    loss, stats = fused_linear_divergence(x, head, teacher, weight=weight, target_ids=torch.zeros(rows).long())
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all() and (head.grad == 0).all()
+    assert all((s == 0).all() and len(s) == rows for s in stats)
+    x.grad = None
+    loss, _ = divergence_from_logits(x @ head.T, TeacherLogits(randn(rows, V)), weight=weight)
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all()
+
+
+def test_masked_rows_are_not_touched():
+    """A masked row may hold anything, nan and inf included."""
+    x, head = randn(N, HS), randn(V, HS, grad=True)
+    x[1], x[4] = float("nan"), INF
+    x.requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    loss, _ = fused_linear_divergence(x, head, TeacherHead(randn(N, HT), randn(V, HT)), weight=weight)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all() and head.grad.isfinite().all()
+    assert (x.grad[[1, 4]] == 0).all()
+
+
+def test_upstream_gradient_and_retain_graph():
+    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
+    loss, _ = fused_linear_divergence(x, head, teacher)
+    once = torch.autograd.grad(loss, (x, head), retain_graph=True)
+    scaled = torch.autograd.grad(3.7 * loss, (x, head), retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for first, second, accumulated in zip(once, scaled, (x.grad, head.grad), strict=True):
+        torch.testing.assert_close(second, 3.7 * first)
+        torch.testing.assert_close(accumulated, 2 * first)
+
+
+def test_differentiating_twice_is_refused():
+    x, teacher = randn(N, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
+    loss, _ = fused_linear_divergence(x, randn(V, HS), teacher)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_only_what_requires_grad_is_computed(monkeypatch):
+    teacher = TeacherHead(randn(N, HT), randn(V, HT))
+    calls = []
+    reduce_grads = kernels.divergence.reduce_grads
+
+    def spy(dlogits, hidden, head, needs_hidden, dhead):
+        calls.append((needs_hidden, dhead is not None))
+        return reduce_grads(dlogits, hidden, head, needs_hidden, dhead)
+
+    monkeypatch.setattr(kernels.divergence, "reduce_grads", spy)
+    results = {}
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        torch.manual_seed(1)
+        x, head = randn(N, HS, grad=needs[0]), randn(V, HS, grad=needs[1])
+        loss, _ = fused_linear_divergence(x, head, teacher)
+        if any(needs):
+            loss.backward()
+        assert loss.requires_grad == any(needs)
+        results[needs] = x.grad, head.grad
+    assert calls == [(True, True), (True, False), (False, True)]
+    torch.testing.assert_close(results[True, False][0], results[True, True][0])
+    torch.testing.assert_close(results[False, True][1], results[True, True][1])
+    with torch.no_grad():
+        assert not fused_linear_divergence(x.requires_grad_(), head, teacher)[0].requires_grad
+    assert len(calls) == 3
+
+
+def test_tied_head():
+    """The embedding is the head: autograd adds the gradients of its two uses."""
+    embedding, tokens = randn(V, HS, grad=True), torch.randint(V, (N,))
+    teacher_logits = randn(N, V)
+    loss, _ = fused_linear_divergence(torch.tanh(embedding[tokens]), embedding, TeacherLogits(teacher_logits))
+    expected = reference_divergence(torch.tanh(embedding[tokens]) @ embedding.T, teacher_logits, "reverse_kl").sum()
+    torch.testing.assert_close(*(torch.autograd.grad(value, embedding)[0] for value in (loss, expected)))
+
+
+@pytest.mark.parametrize("extra", [-3, 3])
+def test_vocabularies_that_differ_by_padding(extra):
+    x, head, target, teacher_head = randn(N, HS, grad=True), randn(V, HS, grad=True), randn(N, HT), randn(V + extra, HT)
+    shared = min(V, V + extra)
+    expected = reference_divergence((x @ head.T)[:, :shared], (target @ teacher_head.T)[:, :shared], "reverse_kl").sum()
+    reference = torch.autograd.grad(expected, (x, head))
+    for teacher in (TeacherHead(target, teacher_head), TeacherLogits(target @ teacher_head.T)):
+        loss, _ = fused_linear_divergence(x, head, teacher, workspace_bytes=2 * V * 16)
+        torch.testing.assert_close(loss, expected)
+        for grad, reference_grad in zip(torch.autograd.grad(loss, (x, head)), reference, strict=True):
+            torch.testing.assert_close(grad, reference_grad)
+        logits = (x @ head.T).detach().requires_grad_()
+        loss, _ = divergence_from_logits(logits, teacher)
+        torch.testing.assert_close(loss, expected)
+        assert (torch.autograd.grad(loss, logits)[0][:, shared:] == 0).all()
+
+
+def test_rows_that_are_not_contiguous():
+    x, head = randn(2 * N, HS, grad=True), randn(HS, V, grad=True)
+    target, teacher_head = randn(HT, N), randn(V, 2 * HT)
+    weight = torch.rand(2 * N, dtype=torch.float64)
+    loss, _ = fused_linear_divergence(
+        x[::2], head.T, TeacherHead(target.T, teacher_head[:, ::2]), weight=weight[::2], workspace_bytes=4 * V * 16
+    )
+    expected = weight[::2] * reference_divergence(x[::2] @ head, target.T @ teacher_head[:, ::2].T, "reverse_kl")
+    torch.testing.assert_close(loss, expected.sum())
+    for value, reference in zip(*(torch.autograd.grad(v, (x, head)) for v in (loss, expected.sum())), strict=True):
+        torch.testing.assert_close(value, reference)
+
+    logits = randn(N, 2 * V, grad=True)
+    for view in (logits[:, ::2], logits[:, :V], logits.view(2 * N, V)[1::2]):
+        loss, _ = divergence_from_logits(view, TeacherLogits(view.detach().flip(0)))
+        expected = reference_divergence(view, view.detach().flip(0), "reverse_kl").sum()
+        torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (loss, expected)))
+
+
+def test_weight_fn():
+    """A per-token factor from the statistics is a constant: it scales the loss and gets no gradient."""
+    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
+    weight, ids = torch.rand(N, dtype=torch.float64), torch.randint(V, (N,))
+
+    def confident(stats):
+        return (stats.teacher_logprob - stats.student_logprob).exp().clamp(max=2) * (stats.teacher_entropy < 2)
+
+    _, stats = fused_linear_divergence(x, head, teacher, target_ids=ids)
+    expected, _ = fused_linear_divergence(x, head, teacher, weight=weight * confident(stats))
+    loss, _ = fused_linear_divergence(
+        x, head, teacher, weight=weight, weight_fn=confident, target_ids=ids, workspace_bytes=4 * V * 16
+    )
+    torch.testing.assert_close(loss, expected)
+    for value, reference in zip(*(torch.autograd.grad(v, (x, head)) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_inputs_keep_fp32_logits(dtype, autocast):
+    """The result is that of the rounded inputs in fp32; only the gradients come back rounded."""
+    x, head = (randn(*shape, dtype=dtype, grad=True) for shape in ((N, HS), (V, HS)))
+    teacher = TeacherHead(randn(N, HT, dtype=dtype), randn(V, HT, dtype=torch.float32))
+    x32, head32 = (t.detach().float().requires_grad_() for t in (x, head))
+    ids = torch.randint(V, (N,))
+
+    def everything(x, head, teacher):
+        loss, stats = fused_linear_divergence(x, head, teacher, target_ids=ids)
+        logprobs, entropy = fused_linear_logprob(x, head, ids)
+        return loss, *stats, logprobs, entropy
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        values = everything(x, head, teacher)
+    expected = everything(x32, head32, TeacherHead(teacher.hidden.float(), teacher.weight))
+    for value, reference in zip(values, expected, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, reference)
+    (values[0] + values[-2].sum() + values[-1].sum()).backward()
+    (expected[0] + expected[-2].sum() + expected[-1].sum()).backward()
+    for value, reference in ((x.grad, x32.grad), (head.grad, head32.grad)):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.float(), reference, rtol=0.02, atol=0.02)
+
+
+def test_mixed_dtypes():
+    """A float32 student beside a float64 teacher, and the other way round: the student's dtype decides."""
+    target, teacher_head = randn(N, HT), randn(V, HT)
+    for dtype in (torch.float32, torch.float64):
+        x, head = randn(N, HS, dtype=dtype, grad=True), randn(V, HS, dtype=dtype)
+        for teacher in (TeacherHead(target, teacher_head), TeacherHead(target.float(), teacher_head.float())):
+            loss, stats = fused_linear_divergence(x, head, teacher)
+            assert loss.dtype == stats.reverse_kl.dtype == torch.autograd.grad(loss, x)[0].dtype == dtype
+
+
+def test_what_a_caller_can_get_wrong():
+    x, head, teacher = randn(N, HS), randn(V, HS), TeacherHead(randn(N, HT), randn(V, HT))
+    wrong = [
+        (dict(kind="kl"), "forward_kl, reverse_kl, jsd"),
+        (dict(kind="jsd", jsd_beta=1.5), "between 0"),
+        (dict(temperature=0.0), "positive"),
+        (dict(weight=torch.ones(N - 1)), f"weight has {N - 1} rows"),
+        (dict(weight=torch.ones(N, requires_grad=True)), "detach"),
+        (dict(target_ids=torch.zeros(N + 1).long()), f"target_ids has {N + 1} rows"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            fused_linear_divergence(x, head, teacher, **options)
+        with pytest.raises(ValueError, match=message):
+            divergence_from_logits(x @ head.T, teacher, **options)
+    with pytest.raises(ValueError, match="TeacherHead"):
+        fused_linear_divergence(x, head, (teacher.hidden, teacher.weight))
+    with pytest.raises(ValueError, match="teacher has"):
+        fused_linear_divergence(x[:2], head, teacher)
+    with pytest.raises(ValueError, match="positive"):
+        fused_linear_logprob(x, head, torch.zeros(N).long(), temperature=-1.0)
+    with pytest.raises(ValueError, match="shape"):
+        fused_linear_logprob(x, head, torch.zeros(N, 1).long())
+
+
+def test_head_weight():
+    def model(bias=False, **config):
+        head = torch.nn.Linear(HS, V, bias=bias)
+        return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(**config), head=head)
+
+    plain = model(final_logit_softcapping=None, logit_scale=1.0)
+    assert head_weight(plain) is plain.head.weight
+    for other in (model(bias=True), model(final_logit_softcapping=30.0), model(logits_scaling=8.0)):
+        with pytest.raises(ValueError, match="divergence_from_logits"):
+            head_weight(other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fused_linear_logprob
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprob_gradcheck(temperature):
+    x, head, ids = randn(N, HS, grad=True), randn(V, HS, grad=True), torch.randint(V, (N,))
+    options = dict(temperature=temperature, workspace_bytes=4 * V * 16)
+    logprobs = lambda x, head: fused_linear_logprob(x, head, ids, **options)  # noqa: E731
+    assert gradcheck(logprobs, (x, head))
+    assert gradcheck(lambda x, head: logprobs(x, head)[0], (x, head))
+    assert gradcheck(lambda x, head: logprobs(x, head)[1], (x, head))
+    expected = reference_logprob(x @ head.T, ids, temperature)
+    for value, reference in zip(logprobs(x, head), expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+def test_logprob_chunks_masks_and_frozen_sides():
+    rows = 300
+    x, head, ids = randn(rows, HS, grad=True), randn(V, HS, grad=True), torch.randint(V, (rows,))
+    g, h = randn(rows), randn(rows)
+    g[::3] = 0
+
+    def grads(inputs, chunk):
+        logprobs, entropy = fused_linear_logprob(x, head, ids, workspace_bytes=chunk * V * 16)
+        return torch.autograd.grad((g * logprobs + h * entropy).sum(), inputs)
+
+    expected = torch.autograd.grad(sum((w * v).sum() for w, v in zip((g, h), reference_logprob(x @ head.T, ids), strict=True)), (x, head))  # fmt: skip # noqa: E501
+    for chunk in (1, 7, 128, 1000):
+        for value, reference in zip(grads((x, head), chunk), expected, strict=True):
+            torch.testing.assert_close(value, reference)
+    torch.testing.assert_close(grads(x, 128)[0], expected[0])
+    head.requires_grad_(False)
+    torch.testing.assert_close(grads(x, 128)[0], expected[0])
+    x.requires_grad_(False)
+    assert not fused_linear_logprob(x, head, ids)[0].requires_grad
+
+
+def test_logprob_edge_values():
+    """Hidden states and heads that give logits of -inf and a spike of 3e4; N = 0; V = 1."""
+    head = torch.eye(4, requires_grad=True)
+    x = torch.tensor([[3e4, 0.0, 1.0, 2.0], [-200.0, 0.0, 1.0, 2.0]], requires_grad=True)
+    logprobs, entropy = fused_linear_logprob(x, head, torch.tensor([0, 0]))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs[0] == 0 and entropy[0] == 0 and logprobs[1] < -200
+    assert x.grad.isfinite().all() and head.grad.isfinite().all()
+
+    from kernels.logprob import torch_grad, torch_stats
+
+    z = torch.tensor([[-INF, 0.5, 1.0, -INF]])
+    log_z, entropy = torch_stats(z, 1.0)
+    assert log_z.isfinite() and entropy.isfinite()
+    dz = torch.empty_like(z)
+    torch_grad(z, log_z, entropy, torch.ones(1, 1), torch.ones(1, 1), 1.0, dz)
+    assert dz.isfinite().all() and dz[0, 0] == 0
+
+    for rows, vocab in ((0, 4), (2, 1)):
+        x, head = torch.randn(rows, 3, requires_grad=True), torch.randn(vocab, 3, requires_grad=True)
+        logprobs, entropy = fused_linear_logprob(x, head, torch.zeros(rows).long())
+        (logprobs.sum() + entropy.sum()).backward()
+        assert (logprobs == 0).all() and (entropy == 0).all() and (head.grad == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_script(name, *args, **env):
+    command = [sys.executable, str(ROOT / "tests" / name), *args]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_triton
+def test_triton_leaves_in_the_interpreter():
+    run_script("kernels_interpret.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_triton_kernels_compile_without_spills_and_with_vector_loads():
+    run_script("kernels_aot.py")
+
+
+@needs_cuda
+def test_cuda_equals_the_reference():
+    run_script("kernels_cuda.py")
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits():
+    """14,200 rows of 151,936 columns: one row in memory, repeated with stride 0, so the logits need none."""
+    run_script("kernels_overflow.py")
+
+
+@pytest.mark.slow
+def test_two_fsdp2_ranks_equal_one_process():
+    run_script("kernels_fsdp.py")
