@@ -12,6 +12,7 @@ again, it skips what is finished. Without --teacher it runs on the embedded worl
 """
 
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -29,7 +30,6 @@ ARMS = {  # arm: the stages whose labels it rests on, its own last
     "bridge": ["teacher_rl", "bridge_warmup", "bridge"],
     "bridge_grpo": ["teacher_rl", "bridge_warmup", "bridge", "bridge_grpo"],
 }
-HERE = Path(__file__).parent
 
 
 @dataclass
@@ -66,59 +66,63 @@ class Args:
 
 def toy_settings(args: Args) -> None:
     """The embedded world's settings, chosen on its dev split (docs/bridge.md); flags of the command line come last."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # its matrices are too small to share between threads
     world = f"{args.out}/world"
     args.teacher, args.student, args.benchmarks = f"{world}/teacher_base", f"{world}/student_base", (f"{world}/test.jsonl",)
-    shared = f'--instruction "" --max-response-tokens 64 --eval-data {world}/dev.jsonl'
+    shared = f'--instruction "" --max-response-tokens 64 --eval-data {shlex.quote(world)}/dev.jsonl'
     grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 --eval-every 10"
+    distil = f"{shared} --learning-rate 7e-4 --eval-every 20"
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = (
-        f"{shared} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20 --learning-rate 7e-4 "
-        f"--max-steps 60 {args.warmup_flags}"
-    )
-    args.opd_flags = f"{shared} --prompts-per-step 64 --eval-every 20 --learning-rate 7e-4 --max-steps 140 {args.opd_flags}"
+    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --max-steps 60 {args.warmup_flags}"
+    args.opd_flags = f"{distil} --prompts-per-step 64 --max-steps 200 {args.opd_flags}"
     args.eval_flags = (
         f'--instruction "" --max-response-tokens 64 --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}'
     )
 
 
-def execute(script: str, flags: list[str], done: Path, inputs: tuple[Path, ...] = ()) -> None:
-    """Print and run one command; skip it when `done`, the file it writes last, says that it finished."""
-    command = ["python", script, *flags]
-    if done.exists():
-        record = json.loads(done.read_text())
-        if record.get("finished", True):
-            require(
-                record.get("command", shlex.join(command)) == shlex.join(command),
-                f"{done.parent}: finished with other settings ({record.get('command')}); delete it or choose another --out",
-            )
-            require(
-                all(done.stat().st_mtime >= path.stat().st_mtime for path in inputs if path.exists()),
-                f"{done.parent}: older than what it was made from; delete it to make it again",
-            )
-            print(f"# finished before: {shlex.join(command)}", flush=True)
-            return
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    result = subprocess.run([sys.executable, str(HERE / script), *flags])
-    if result.returncode:
-        print(f"error: {script} ended with exit code {result.returncode}; run bridge.py again to continue", file=sys.stderr)
-        sys.exit(result.returncode)
+def execute(command: str, done: Path, inputs: list[str] = ()) -> None:
+    """Print and run one command; skip it when `done`, the file it writes last, says that it finished.
+
+    Raises UsageError if it finished with another command, or before one of the `inputs` (run folders) did."""
+    command = shlex.join(shlex.split(command))
+    record = json.loads(done.read_text()) if done.exists() else {"finished": False}
+    if record.get("finished", True):
+        require(
+            record["command"] == command, f"{done.parent}: holds `{record['command']}`; delete it, or choose another --out"
+        )
+        newer = [i for i in inputs if (path := Path(i, "run.json")).exists() and path.stat().st_mtime > done.stat().st_mtime]
+        require(
+            not newer, f"{done.parent}: older than {', '.join(newer)}, which it was made from; delete it to make it again"
+        )
+        print(f"# finished before: {command}", flush=True)
+        return
+    print(f"\n$ {command}", flush=True)
+    script, *flags = shlex.split(command)[1:]
+    code = subprocess.run([sys.executable, str(Path(__file__).parent / script), *flags]).returncode
+    if code:
+        print(
+            f"error: {script} ended with exit code {code}; the same bridge.py command continues from here", file=sys.stderr
+        )
+        sys.exit(code)
 
 
 def split_labels(args: Args) -> tuple[str, str]:
-    """Paths of the train and held-out problems, disjoint. The embedded world has them; real data is split 80/20."""
-    if args.teacher == f"{args.out}/world/teacher_base":
-        return f"{args.out}/world/train.jsonl", f"{args.out}/world/heldout.jsonl"
-    data = Path(args.out, "data")
-    if not (data / "heldout.jsonl").exists():
-        problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
-        random.Random(42).shuffle(problems)
-        cut = len(problems) * 4 // 5
-        data.mkdir(parents=True, exist_ok=True)
-        for name, part in (("train", problems[:cut]), ("heldout", problems[cut:])):
-            rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
-            (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Split --train-data into files of 80 % for stages 1 and 2 and 20 % held out for stage 3; returns both paths."""
+    problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
+    random.Random(42).shuffle(problems)
+    cut, data = len(problems) * 4 // 5, Path(args.out, "data")
+    data.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", problems[:cut]), ("heldout", problems[cut:])):
+        rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = data / f"{name}.jsonl"
+        require(
+            not path.exists() or path.read_text() == text,
+            f"{path}: holds other problems than --train-data {args.train_data}; choose another --out",
+        )
+        path.write_text(text)
     return str(data / "train.jsonl"), str(data / "heldout.jsonl")
 
 
@@ -126,100 +130,80 @@ def main(args: Args) -> None:
     arms = list(ARMS) if "all" in args.arms else list(args.arms)
     require(set(arms) <= set(ARMS), f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
-    if not args.teacher:
-        execute(
-            "toy.py",
-            ["--out", f"{args.out}/world", "--seed", str(args.seed), *shlex.split(args.toy_flags)],
-            Path(args.out, "world/toy.json"),
+    out, q = args.out, shlex.quote
+    if args.teacher:
+        train, heldout = split_labels(args)
+    else:
+        require(
+            (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
+            "--train-data and --benchmarks need --teacher and --student; without them the embedded world has its own",
         )
         toy_settings(args)
-    train, heldout = split_labels(args)
+        execute(f"python toy.py --out {q(out)}/world --seed {args.seed} {args.toy_flags}", Path(out, "world/toy.json"))
+        train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
 
-    # ---- the stages of the chosen arms, in order; each is (script, its models, more flags)
-    out, seed = args.out, ["--seed", str(args.seed)]
-    teacher_rl = f"{out}/teacher_rl"
+    # ---- the stages in order: script, the models it starts from, problems, flags
+    teacher, student, rl = args.teacher, args.student, f"{out}/teacher_rl"
     stages = {
-        "teacher_rl": ("grpo.py", {"--model": args.teacher}, train, args.teacher_grpo_flags),
-        "direct_grpo": ("grpo.py", {"--model": args.student}, train, args.student_grpo_flags),
-        "raw_teacher_warmup": (
-            "fkl_warmup.py",
-            {"--teacher": args.teacher, "--student": args.student},
-            train,
-            args.warmup_flags,
-        ),
-        "raw_teacher": (
-            "opd.py",
-            {"--teacher": args.teacher, "--student": f"{out}/raw_teacher_warmup"},
-            train,
-            args.opd_flags,
-        ),
-        "bridge_warmup": ("fkl_warmup.py", {"--teacher": teacher_rl, "--student": args.student}, train, args.warmup_flags),
-        "bridge": ("opd.py", {"--teacher": teacher_rl, "--student": f"{out}/bridge_warmup"}, train, args.opd_flags),
+        "teacher_rl": ("grpo.py", {"--model": teacher}, train, args.teacher_grpo_flags),
+        "direct_grpo": ("grpo.py", {"--model": student}, train, args.student_grpo_flags),
+        "raw_teacher_warmup": ("fkl_warmup.py", {"--teacher": teacher, "--student": student}, train, args.warmup_flags),
+        "raw_teacher": ("opd.py", {"--teacher": teacher, "--student": f"{out}/raw_teacher_warmup"}, train, args.opd_flags),
+        "bridge_warmup": ("fkl_warmup.py", {"--teacher": rl, "--student": student}, train, args.warmup_flags),
+        "bridge": ("opd.py", {"--teacher": rl, "--student": f"{out}/bridge_warmup"}, train, args.opd_flags),
         "bridge_grpo": ("grpo.py", {"--model": f"{out}/bridge"}, heldout, args.stage3_flags),
     }
-    wanted = {stage for arm in arms for stage in ARMS[arm]}
-    for name, (script, models, data, flags) in stages.items():
-        if name in wanted:
-            named = [part for pair in models.items() for part in pair]
-            execute(
-                script,
-                [*named, "--train-data", data, "--out", f"{out}/{name}", *seed, *shlex.split(flags)],
-                Path(out, name, "run.json"),
-                tuple(Path(path, "run.json") for path in models.values()),
-            )
+    wanted = [name for name in stages if any(name in ARMS[arm] for arm in arms)]
+    for name in wanted:
+        script, models, data, flags = stages[name]
+        named = " ".join(f"{flag} {q(model)}" for flag, model in models.items())
+        command = f"python {script} {named} --train-data {q(data)} --out {q(out)}/{name} --seed {args.seed} {flags}"
+        execute(command, Path(out, name, "run.json"), list(models.values()))
 
     # ---- measure the base models and the student of every stage
-    checkpoints = {
-        "base": args.student,
-        "teacher_base": args.teacher,
-        **{name: f"{out}/{name}" for name in stages if name in wanted},
-    }
-    results = {}
-    for name, model in checkpoints.items():
-        flags = [
-            "--model",
-            model,
-            "--benchmarks",
-            *args.benchmarks,
-            "--out",
-            f"{out}/eval/{name}",
-            *seed,
-            *shlex.split(args.eval_flags),
-        ]
-        folders = [Path(out, "eval", name, common.benchmark_name(benchmark)) for benchmark in args.benchmarks]
-        execute("eval_math.py", flags, folders[-1] / "summary.json", (Path(model, "run.json"),))
-        results[name] = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
-    report(args, arms, results, wanted)
+    results, names = {}, [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    for name in ["base", "teacher_base", *wanted]:
+        model = {"base": student, "teacher_base": teacher}.get(name, f"{out}/{name}")
+        command = (
+            f"python eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
+            f"--out {q(out)}/eval/{name} --seed {args.seed} {args.eval_flags}"
+        )
+        folder = Path(out, "eval", name)
+        execute(command, folder / names[-1] / "summary.json", [model])
+        results[name] = {benchmark: json.loads((folder / benchmark / "summary.json").read_text()) for benchmark in names}
+    report(args, arms, results)
 
 
-def report(args: Args, arms: list[str], results: dict, wanted: set[str]) -> None:
-    """Write report.json, report.md and report.png from the finished stages."""
-    out = Path(args.out)
-    labels = {name: json.loads((out / name / "run.json").read_text())["labels_used"] for name in wanted - {"base"}}
-    first = common.benchmark_name(args.benchmarks[0])
+def report(args: Args, arms: list[str], results: dict) -> None:
+    """Write report.json, report.md and report.png. results: {stage: {benchmark: summary.json of eval_math.py}}"""
+    out, first = Path(args.out), common.benchmark_name(args.benchmarks[0])
+    kept = ("accuracy", "ci95", "pass_at_k", "response_length", "truncated_frac")
 
     def row(name, stages):
-        summary = results[name][first]
+        runs = [path for stage in stages if (path := out / stage / "run.json").exists()]
+        benchmarks = {benchmark: {key: summary[key] for key in kept} for benchmark, summary in results[name].items()}
         return {
-            "accuracy": summary["accuracy"],
-            "ci95": summary["ci95"],
-            "labels_used": sum(labels.get(s, 0) for s in stages),
-            "benchmarks": {
-                b: {k: s[k] for k in ("accuracy", "ci95", "pass_at_k", "response_length", "truncated_frac")}
-                for b, s in results[name].items()
-            },
+            "accuracy": benchmarks[first]["accuracy"],
+            "ci95": benchmarks[first]["ci95"],
+            "benchmarks": benchmarks,
+            "labels_used": sum(json.loads(path.read_text())["labels_used"] for path in runs),
         }
 
-    stages = {name: row(name, []) | {"labels_used": labels.get(name, 0)} for name in results}
-    record = {"benchmark": first, "arms": {arm: row(arm, ARMS[arm]) for arm in arms}, "stages": stages, "seed": args.seed}
+    record = {
+        "benchmark": first,
+        "seed": args.seed,
+        "arms": {arm: row(arm, ARMS[arm]) for arm in arms},
+        "stages": {name: row(name, [name]) for name in results},
+    }
     (out / "report.json").write_text(json.dumps(record, indent=2))
-
-    lines = [f"# Accuracy on {first}", "", "| arm | accuracy | 95 % interval | labels used |", "|---|---|---|---|"]
-    for name, r in {**{n: stages[n] for n in ("teacher_base", "teacher_rl") if n in stages}, **record["arms"]}.items():
+    lines = ["| arm | accuracy | 95 % interval | labels used |", "|---|---|---|---|"]
+    teachers = {name: row for name, row in record["stages"].items() if name.startswith("teacher")}
+    for name, r in (teachers | record["arms"]).items():
         lines.append(f"| {name} | {r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['labels_used']} |")
-    (out / "report.md").write_text("\n".join(lines) + "\n\n![accuracy and learning curves](report.png)\n")
+    table = "\n".join(lines)
+    (out / "report.md").write_text(f"# Accuracy on {first}\n\n{table}\n\n![accuracy and learning curves](report.png)\n")
     plot(out, record)
-    print("\n" + "\n".join(lines[2:]) + f"\n\nwrote {out}/report.json, report.md, report.png")
+    print(f"\n{table}\n\nwrote {out}/report.json and report.md")
 
 
 def plot(out: Path, record: dict) -> None:
@@ -235,10 +219,7 @@ def plot(out: Path, record: dict) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
     names, rows = list(record["stages"]), list(record["stages"].values())
     accuracy = [r["accuracy"] for r in rows]
-    errors = [
-        [a - r["ci95"][0] for a, r in zip(accuracy, rows, strict=True)],
-        [r["ci95"][1] - a for a, r in zip(accuracy, rows, strict=True)],
-    ]
+    errors = [[r["accuracy"] - r["ci95"][0] for r in rows], [r["ci95"][1] - r["accuracy"] for r in rows]]
     colors = ["tab:gray" if n.startswith("teacher") else "tab:blue" if n in record["arms"] else "tab:cyan" for n in names]
     left.barh(names, accuracy, xerr=errors, color=colors, capsize=3)
     left.invert_yaxis()

@@ -30,7 +30,6 @@ from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach 
 from kernels import head_weight  # noqa: E402
 from samplers import HFSampler, Response, autocast  # noqa: E402, F401
 
-
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -110,7 +109,8 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
         if not isinstance(prompt, str):  # a chat list, as in DAPO-Math-17k
             *messages, last = prompt
             prompt = last["content"]
-        answer = row.get("answer", row.get("solution", (row.get("reward_model") or {}).get("ground_truth")))
+        candidates = (row.get("answer"), row.get("solution"), (row.get("reward_model") or {}).get("ground_truth"))
+        answer = next((candidate for candidate in candidates if candidate is not None), None)
         answer = None if answer is None else reference_answer(str(answer))
         problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
     problems = list(problems.values())
@@ -369,7 +369,7 @@ class Run:
 
 
 def save_checkpoint(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
-    """Ordinary Hugging Face checkpoint in the compute dtype: the very weights that were sampled from."""
+    """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from."""
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
         state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}

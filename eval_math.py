@@ -125,6 +125,9 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.model, "--model: give a checkpoint to measure, or --compare A B")
     require(args.samples >= 1, f"--samples {args.samples}: must be at least 1")
+    require(args.limit is None or args.limit >= 1, f"--limit {args.limit}: must be at least 1")
+    names = [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
         args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0,
         "--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0",
@@ -194,8 +197,9 @@ def main(args: Args) -> None:
                     + "\n"
                 )
         (out / name / "summary.json").write_text(json.dumps(summary, indent=2))
+        low, high = summary["ci95"]
         print(
-            f"{name}: accuracy {summary['accuracy']:.4f}  95 % interval [{summary['ci95'][0]:.4f}, {summary['ci95'][1]:.4f}]  "
+            f"{name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "
             f"pass@{args.samples} {summary['pass_at_k'][args.samples]:.4f}  {len(problems)} problems x {args.samples}  "
             f"length {summary['response_length']:.0f}  truncated {summary['truncated_frac']:.3f}  -> {out / name}/"
         )

@@ -7,7 +7,8 @@ distillation (opd.py) to be informative. No reward and no label is used. `--loss
 rollouts, the SFT control. The authors released no warmup code: batch, learning rate and epochs here are this project's.
 
     python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --out ckpt/warmup
-    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts ckpt/warmup/rollouts.jsonl --loss ce --out ckpt/sft
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts ckpt/warmup/rollouts.jsonl --loss ce \\
+        --out ckpt/sft
 """
 
 import json
@@ -118,7 +119,7 @@ def main(args: Args) -> None:
     saved = common.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
     if saved is not None:
         require(
-            saved and all(row.get("problem") in index and row.get("response_ids") for row in saved),
+            saved and all(row.get("problem") in index and row.get("response_ids") and "truncated" in row for row in saved),
             f"--rollouts {args.rollouts}: needs rows with response_ids whose problem is in --train-data; give the "
             f"rollouts.jsonl and the --train-data of one run",
         )
@@ -167,11 +168,11 @@ def main(args: Args) -> None:
         Path(run.out, "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in saved))
     rollout_time = time.time() - rollout_start
 
-    student_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # for --eval-data alone
+    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # for --eval-data alone
     stream = common.problem_stream(rollout_count, args.seed)
 
     def evaluate():
-        return common.evaluate(student_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+        return common.evaluate(eval_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
 
     if args.eval_every:
         run.log(0, evaluate())

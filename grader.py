@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Grades responses against reference answers, 1.0 or 0.0 each: one grader for reward and evaluation alike.
 
 The graded answer is the last \boxed{...} of a response; a response without a usable one scores 0 and is counted.

@@ -131,20 +131,19 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    sampler = common.HFSampler(
-        model,
-        tokenizer,
-        dtype,
-        max_response_tokens=args.max_response_tokens,
-        temperature=args.temperature,
-        batch_tokens=args.rollout_batch_tokens,
-        seed=args.seed,
-    )
+    sampling = {
+        "max_response_tokens": args.max_response_tokens,
+        "temperature": args.temperature,
+        "batch_tokens": args.rollout_batch_tokens,
+        "seed": args.seed,
+    }
+    sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
+    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # its own, so that looking changes no training
     grader = common.Grader()  # for --eval-data alone
     stream = common.problem_stream(len(problems), args.seed)
 
     def evaluate():
-        return common.evaluate(sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+        return common.evaluate(eval_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
 
     if args.eval_every:
         run.log(0, evaluate())
@@ -213,6 +212,7 @@ def main(args: Args) -> None:
 
         sync_start = time.time()
         sampler.update_weights(model)
+        eval_sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log

@@ -1,18 +1,23 @@
-# Docs: docs/toy.md
-"""A small world on which the whole recipe runs on a CPU: two base models, four sets of problems, two minutes.
+# docs/toy.md
+"""A small world in which the whole recipe runs on a CPU: two base models and four sets of problems in a minute.
 
 Problems are chains of arithmetic modulo 10, left to right: "3+4*2-5?" has the answer 9 (7, then 14 -> 4, then -1 -> 9).
 The base models are pretrained on demonstrations that mix two behaviours:
   - a worked chain, rare (0.3), right unless a step slips (0.05 each; the chain goes on from its wrong value):
         3+4=7,7*2=4,4-5=9,\\boxed{9}<|im_end|>
-  - a guess straight away, common (0.7), right 40 % of the time in the demonstrations; a model that cannot do the sum
-    in its head learns little of that:
+  - a guess straight away, common (0.7), right 40 % of the time in the demonstrations; the models cannot do the sum
+    in their heads, so about 11 % of their own guesses are right:
         \\boxed{4}<|im_end|>
-So the good behaviour is inside the base model but rare: a sparse 0/1 reward can find it, a raw teacher passes on the mix.
+The good behaviour is inside the base model but rare: a sparse 0/1 reward can find it, a raw teacher passes on the mix.
+A perfect imitator would get 0.3 * 0.81 + 0.7 * 0.11 = 0.32 of the problems right at temperature 1.
 
-Factors are drawn from 2-9 (never 0 or 1): a factor 0 would make 0 the answer of most problems and guessing good.
-Lengths: n operations take 2n+2 characters, 2n+4 prompt tokens and 6n+4 response tokens as a chain (4 as a guess), the
-end of turn included: at most 40 at the default 6 operations, so --max-response-tokens 64 never truncates an honest chain.
+Factors are drawn from 2-9: a factor 0 would make 0 the answer of many problems and guessing good, 1 does nothing.
+Answers come out as 0 15 %, 5 10 %, other even digits 11 %, other odd digits 8 % of the time each.
+The four sets share no problem; a demonstration shows one of their problems now and then, as any of its kind.
+
+Lengths, end of turn included: n operations take 2n+4 prompt tokens and 6n+4 response tokens as a chain (4 as a guess),
+so at most 16 + 40 at the default 6 operations. Now and then a base model repeats a step and runs a little longer;
+--max-response-tokens 64 leaves room for that. The models know no words: run them with --instruction "".
 
     python toy.py --out runs/toy
     python toy.py --out runs/toy_llama --arch llama
@@ -22,22 +27,19 @@ import json
 import os
 import re
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+
+import common
+from common import require
 
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -88,19 +90,19 @@ class Args:
     """width of the student"""
     student_layers: int = 2
     """depth of the student"""
-    student_steps: int = 700
+    student_steps: int = 450
     """pretraining steps of the student"""
     batch_size: int = 128
     """demonstrations in a step, half of them chains (reweighted: see `pretrain`)"""
     learning_rate: float = 4e-3
-    """peak learning rate"""
+    """peak learning rate of both optimizers"""
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|im_end|>",
         additional_special_tokens=SPECIAL[3:], padding_side="left", model_max_length=1024,
         clean_up_tokenization_spaces=False,
@@ -110,7 +112,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def draw_problems(rng, size, args, n_ops=None):
+def draw_problems(rng, size, args):
     """first (N,), ops (N, K) in 10..12, digits (N, K), n_ops (N,): the operations at or beyond n_ops are unused."""
     n_ops = rng.integers(args.min_ops, args.max_ops + 1, size)
     first = rng.integers(0, 10, size)
@@ -149,13 +151,13 @@ def render(rng, problems, args, chain):
     return np.take_along_axis(rows, order, 1), true[-1]
 
 
-def pretrain(model, args, steps, rng):
+def pretrain(model, args, role, rng):
     """Next-token loss on the response tokens.
 
     Half of a batch are chains, for they are what takes long to learn. The two behaviours part at the first response
     token and nowhere else, so weighting that one token's loss by (wanted / drawn) gives back the demonstrations' mix.
     """
-    half, start = args.batch_size // 2, time.time()
+    half, steps, start = args.batch_size // 2, getattr(args, f"{role}_steps"), time.time()
     groups = []
     for chain in (True, False):
         rows, _ = render(rng, draw_problems(rng, steps * half, args), args, chain)
@@ -165,13 +167,8 @@ def pretrain(model, args, steps, rng):
         mix = args.chain_prob if chain else 1 - args.chain_prob
         weight[rows[..., :-1] == ID["<|assistant|>"]] = mix / 0.5
         groups.append((rows, weight))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup))
-    )
     for step in range(steps):
         denominator = sum(weight[step].sum() for _, weight in groups)
         loss = 0.0
@@ -179,13 +176,14 @@ def pretrain(model, args, steps, rng):
             logits = model(rows[step, :, :-1], use_cache=False).logits  # (B/2, W-1, V); causal, so no mask
             token_loss = F.cross_entropy(logits.flatten(0, 1), rows[step, :, 1:].flatten(), reduction="none")
             loss = loss + (token_loss * weight[step].flatten()).sum() / denominator
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))  # linear up, then linear to zero
+        optimizer.param_groups[0]["lr"] = scale * args.learning_rate
         optimizer.step()
-        schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            print(f"  step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+            print(f"{role} step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
 
 
 @torch.no_grad()
@@ -221,45 +219,71 @@ def make_model(args, hidden, layers):
         tie_word_embeddings=True, initializer_range=0.05, bos_token_id=None,
         eos_token_id=ID["<|im_end|>"], pad_token_id=ID["<|pad|>"],
     )  # fmt: skip
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if args.arch == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
-    model.generation_config = GenerationConfig(eos_token_id=ID["<|im_end|>"], pad_token_id=ID["<|pad|>"])
+    if args.arch == "qwen3":
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ID["<|im_end|>"], pad_token_id=ID["<|pad|>"])
     return model
+
+
+def write_problems(args):
+    """Writes the four sets, returns dev."""
+    os.makedirs(args.out, exist_ok=True)
+
+    sizes = {name: getattr(args, f"{name}_size") for name in ("train", "heldout", "dev", "test")}
+    rng = np.random.default_rng(args.seed)
+    rows, answers = render(rng, draw_problems(rng, 2 * sum(sizes.values()), args), args, chain=False)
+    texts = ["".join(SYMBOLS[i] for i in row if i < len(SYMBOLS)).split("\\")[0] for row in rows]
+    unique = list(dict(zip(texts, answers, strict=True)).items())
+    require(
+        len(unique) >= sum(sizes.values()),
+        f"--max-ops {args.max_ops}: only {len(unique)} distinct problems; "
+        f"raise it or ask for fewer problems (--train-size ...)",
+    )
+    splits = {}
+    for name, size in sizes.items():
+        splits[name], unique = [{"problem": p, "answer": str(a)} for p, a in unique[:size]], unique[size:]
+        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in splits[name])
+    return splits["dev"]
+
+
+def build(role, args, dev):
+    """Pretrain, measure and save one base model, on one thread: two processes keep two cores busy with no barriers
+    between them, and the files do not depend on the number of cores."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    seed = [args.seed, ("teacher", "student").index(role)]
+    torch.manual_seed(seed[0] * 2 + seed[1])
+    tokenizer = make_tokenizer()
+    model = make_model(args, getattr(args, f"{role}_hidden"), getattr(args, f"{role}_layers"))
+    pretrain(model, args, role, np.random.default_rng(seed))
+    path = os.path.join(args.out, f"{role}_base")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return measure(model.eval(), tokenizer, dev)
 
 
 def main(args: Args):
     start = time.time()
-    os.makedirs(args.out, exist_ok=True)
-    tokenizer = make_tokenizer()
-
-    sizes = {name: getattr(args, f"{name}_size") for name in ("train", "heldout", "dev", "test")}
-    rng = np.random.default_rng(args.seed)
-    problems = draw_problems(rng, 2 * sum(sizes.values()), args)
-    rows, answers = render(rng, problems, args, chain=False)
-    texts = [t.split("\\")[0] for t in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-    unique = list(dict(zip(texts, answers, strict=True)).items())
-    splits = {}
-    for name, size in sizes.items():
-        splits[name], unique = [{"problem": p, "answer": str(a)} for p, a in unique[:size]], unique[size:]
-        assert len(splits[name]) == size
-        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in splits[name])
-
-    report = {"args": asdict(args)}
-    for i, role in enumerate(("teacher", "student")):
-        torch.manual_seed(args.seed + i)
-        model = make_model(args, getattr(args, f"{role}_hidden"), getattr(args, f"{role}_layers"))
-        print(f"{role}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-        pretrain(model, args, getattr(args, f"{role}_steps"), np.random.default_rng([args.seed, i]))
-        model.eval()
-        report[role] = measure(model, tokenizer, splits["dev"])
-        print(" ", report[role])
-        path = os.path.join(args.out, f"{role}_base")
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+    require(1 <= args.min_ops <= args.max_ops, f"--min-ops {args.min_ops} --max-ops {args.max_ops}: need 1 <= min <= max")
+    require(args.batch_size % 2 == 0, f"--batch-size {args.batch_size}: must be even, half of it are chains")
+    for role in ("teacher", "student"):
+        hidden = getattr(args, f"{role}_hidden")
+        require(hidden % 32 == 0, f"--{role}-hidden {hidden}: must be a multiple of 32, the size of a head")
+    dev = write_problems(args)
+    report = {"command": common.command_line(), "args": asdict(args)}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        futures = {role: pool.submit(build, role, args, dev) for role in ("teacher", "student")}
+        for role, future in futures.items():
+            report[role] = future.result()
+            print(f"{role}: " + "  ".join(f"{k} {v}" for k, v in report[role].items()))
     report["seconds"] = round(time.time() - start, 1)
+    print(f"{args.out}: {report['seconds']} s")
     with open(os.path.join(args.out, "toy.json"), "w") as f:
         json.dump(report, f, indent=1)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    common.run(main, Args)

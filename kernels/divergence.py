@@ -20,6 +20,7 @@ logits and two that reduce their gradient. backward multiplies by a number. docs
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -210,10 +211,10 @@ def choose_leaves(teacher, device, dtype):
         try:
             from kernels.divergence_triton import triton_grad, triton_stats
 
-            return triton_stats, triton_grad, float("inf")
+            return triton_stats, triton_grad, sys.maxsize
         except ImportError:  # no Triton on this platform
             pass
-    return torch_stats, torch_grad, BLOCK_ELEMENTS[device.type]
+    return torch_stats, torch_grad, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"])
 
 
 def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
@@ -237,8 +238,8 @@ def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
     if target_ids is not None:
         target = target_ids.unsqueeze(1)  # (r, 1)
         bucket = topk_target(teacher, target) if topk else target
-        stats.append(zs.gather(1, target) * logit_scale - leaf.student_log_z)
-        stats.append(ut.gather(1, bucket) * logit_scale - leaf.teacher_log_z)
+        stats.append(zs.gather(1, target).to(weight.dtype) * logit_scale - leaf.student_log_z)
+        stats.append(ut.gather(1, bucket).to(weight.dtype) * logit_scale - leaf.teacher_log_z)
     stats = DivergenceStats(*(s.squeeze(1) for s in stats))
 
     if weight_fn is not None:
@@ -282,9 +283,12 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     """
     N, device, dtype = student.shape[0], student.device, result_dtype(operand)
     needs_student, needs_head = needs_grad
-    weight = torch.ones(N, dtype=dtype, device=device) if weight is None else weight.to(dtype)
-    kept = weight.nonzero().squeeze(1)  # a masked token leaves here, before the products
-    n = len(kept)
+    if weight is None:
+        weight, n = torch.ones(N, dtype=dtype, device=device), N
+    else:
+        weight = weight.to(dtype)
+        kept = weight.nonzero().squeeze(1)  # a masked token leaves here, before the products
+        n = len(kept)
 
     # Vocabularies that differ by padding share their first V ids.
     V = student.shape[1] if head is None else head.shape[0]
@@ -298,7 +302,7 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     bytes_per_row = V * (2 * dtype.itemsize + (0 if in_place else operand.itemsize))
     C = rows_per_chunk(n, bytes_per_row, workspace_bytes, device)
     leaves = choose_leaves(teacher, device, dtype)
-    B = int(min(C, max(1, leaves[2] // V)))
+    B = min(C, max(1, leaves[2] // V))
 
     student_head, read_student = logits_reader(student, head, V, C, dtype, operand)
     if isinstance(teacher, TeacherTopK):
@@ -318,35 +322,28 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     if any(needs_grad) and head is not None and not in_place:
         dz_buffer = empty_logits(C, V, operand, device)
 
-    losses, stats = [], []
+    # Weighted divergence and statistics of every row, 0 where masked. One table: small results kept from block to block
+    # would each pin a hole in the heap where a block's temporaries were.
+    table = weight.new_zeros(5 if target_ids is None else 7, N)
     for start in range(0, n, C):
         end = min(start + C, n)
         rows = slice(start, end) if n == N else kept[start:end]
-        zs, chunk_teacher, chunk_weight, chunk_targets = (
-            read_student(rows), read_teacher(rows), weight[rows], take(target_ids, rows)
-        )  # fmt: skip
-        dz = None
+        zs, dz = read_student(rows), None
         if any(needs_grad):
             dz = dstudent[rows, :V] if head is None else zs if in_place else dz_buffer[: end - start]
+        chunk = zs, read_teacher(rows), weight[rows], take(target_ids, rows), dz
         for i in range(0, end - start, B):
-            inputs = (take(x, slice(i, i + B)) for x in (zs, chunk_teacher, chunk_weight, chunk_targets, dz))
-            block_losses, block_stats = block_loss(*inputs, formula, leaves)
-            losses.append(block_losses)
-            stats.append(block_stats)
+            losses, stats = block_loss(*(take(x, slice(i, i + B)) for x in chunk), formula, leaves)
+            block = slice(start + i, min(start + i + B, end))
+            table[:, block if n == N else kept[block]] = torch.stack((losses, *stats[: len(table) - 1]))
         if head is not None and any(needs_grad):
             dx = reduce_grads(dz, student[rows].to(operand), student_head, needs_student, dhead)
             if needs_student:
                 dstudent[rows] = dx.to(dstudent.dtype)
         elif needs_student and n < N:
             dstudent[rows, :V] = dz
-
-    if not losses:
-        names = DivergenceStats._fields[: 4 if target_ids is None else 6]
-        return weight.sum(), DivergenceStats(*(weight.new_zeros(N) for _ in names)), dstudent, dhead
-    stats = [s[0] if len(s) == 1 else torch.cat(s) for s in zip(*stats, strict=True) if s[0] is not None]
-    if n < N:
-        stats = [s.new_zeros(N).index_copy_(0, kept, s) for s in stats]
-    return torch.cat(losses).sum(), DivergenceStats(*stats), dstudent, dhead
+    losses, *stats = table
+    return losses.sum(), DivergenceStats(*stats), dstudent, dhead
 
 
 def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes):
@@ -367,6 +364,9 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
         if tensor is not None and len(tensor) != N:
             raise ValueError(f"{name} has {len(tensor)} rows, the student has {N}")
 
+    if isinstance(teacher, TeacherTopK) and teacher.ids.shape != teacher.logprobs.shape:
+        shapes = tuple(teacher.ids.shape), tuple(teacher.logprobs.shape)
+        raise ValueError(f"TeacherTopK needs ids and logprobs of one shape; got {shapes[0]} and {shapes[1]}")
     if kind == "jsd" and jsd_beta in (0, 1):
         kind = "reverse_kl" if jsd_beta else "forward_kl"  # the limits; the formula itself gives 0 there
     formula = Formula(kind, float(jsd_beta), 1 / temperature, weight_fn)

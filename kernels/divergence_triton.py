@@ -40,7 +40,7 @@ def rescale(total, factor):
 
 @triton.jit
 def fold(top, total, sum_z, sum_gap, z, gap):
-    """Add a tile (threads, VECTOR) to each thread's sums of e, e z and e gap, e = exp(z - top), top its largest z yet."""
+    """Add a tile (threads, VECTOR) to each thread's sums of e, e z, e gap: e = exp(z - top), top the largest z yet."""
     new_top = tl.maximum(top, tl.max(z, 1))
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing but -inf so far: all terms are 0
     factor = tl.exp(top - finite_top)

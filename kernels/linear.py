@@ -60,7 +60,7 @@ def result_dtype(operand):
 
 def rows_per_chunk(n, bytes_per_row, workspace_bytes, device):
     """As many rows as the workspace holds, the chunks balanced, in multiples of 128 where more than 128 fit."""
-    most = (workspace_bytes or WORKSPACE_BYTES[device.type]) // bytes_per_row
+    most = (workspace_bytes or WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])) // bytes_per_row
     if n <= most:
         return max(n, 1)
     most = max(most - most % 128 if most > 128 else most, 1)

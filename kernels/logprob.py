@@ -10,9 +10,11 @@ Gradient with respect to the logits before their division by T, for upstream gra
 
     (g (1[v = a] - p_v) - h p_v (log p_v + entropy)) / T
 
-A policy loss is not known here, as a divergence is: backward projects each chunk once more. Five matrix products in
-all with a graph (the projection twice, dx, dW, and a forward without graph needs only the first).
+Unlike a divergence, the policy loss that these two enter is not known here: backward projects each chunk once more.
+That makes four matrix products in all, and one where no gradient is wanted.
 """
+
+import sys
 
 import torch
 
@@ -49,18 +51,20 @@ def torch_stats(z, inv_t):  # (r, V) -> log_z (r, 1), entropy (r, 1)
     return log_z, log_z - mean_z
 
 
-def torch_grad(z, log_z, entropy, grad_logprob, grad_entropy, inv_t, out):  # (r, V), 4 x (r, 1) -> out (r, V)
-    """All but the `1[v = a]` term, which touches one id of a row."""
+def torch_grad(z, ids, log_z, entropy, grad_logprob, grad_entropy, inv_t, out):  # (r, V), 5 x (r, 1) -> out (r, V)
     log_p = (z * inv_t).sub_(log_z)
     p = log_p.exp()
     if grad_entropy is None:
-        out.copy_(p.mul_(grad_logprob * -inv_t))
-        return
-    log_p.clamp_(min=torch.finfo(p.dtype).min)  # 0 * -inf
-    score = log_p.add_(entropy).mul_(grad_entropy * -inv_t)
+        dz = p.mul_(grad_logprob * -inv_t)
+    else:
+        log_p.clamp_(min=torch.finfo(p.dtype).min)  # 0 * -inf
+        score = log_p.add_(entropy).mul_(grad_entropy * -inv_t)
+        if grad_logprob is not None:
+            score.sub_(grad_logprob * inv_t)
+        dz = p.mul_(score)
     if grad_logprob is not None:
-        score.sub_(grad_logprob * inv_t)
-    out.copy_(p.mul_(score))
+        dz.scatter_add_(1, ids, grad_logprob * inv_t)
+    out.copy_(dz)
 
 
 def choose_leaves(device, dtype):
@@ -69,10 +73,10 @@ def choose_leaves(device, dtype):
         try:
             from kernels.logprob_triton import triton_grad, triton_stats
 
-            return triton_stats, triton_grad, float("inf")
+            return triton_stats, triton_grad, sys.maxsize
         except ImportError:  # no Triton on this platform
             pass
-    return torch_stats, torch_grad, BLOCK_ELEMENTS[device.type]
+    return torch_stats, torch_grad, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,9 +89,11 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, ids, inv_t, operand, workspace_bytes):
         ctx.set_materialize_grads(False)  # backward skips the output that nothing used
         (N, V), device, dtype = (len(hidden), len(weight)), hidden.device, result_dtype(operand)
-        C = rows_per_chunk(N, V * (dtype.itemsize + operand.itemsize), workspace_bytes, device)
+        # as a divergence's chunk, without the teacher: on a CPU the gradient overwrites the logits
+        bytes_per_row = V * (dtype.itemsize + (0 if device.type == "cpu" else operand.itemsize))
+        C = rows_per_chunk(N, bytes_per_row, workspace_bytes, device)
         stats_leaf, _, block_elements = leaves = choose_leaves(device, dtype)
-        B = int(min(C, max(1, block_elements // V)))
+        B = min(C, max(1, block_elements // V))
         head, buffer = weight.to(operand), empty_logits(C, V, dtype, device)
         logit, log_z, entropy = (torch.empty(N, 1, dtype=dtype, device=device) for _ in range(3))
         for start in range(0, N, C):
@@ -97,7 +103,7 @@ class LinearLogprob(torch.autograd.Function):
                 block = slice(i, min(i + B, rows.stop))
                 log_z[block], entropy[block] = stats_leaf(z[i - start : block.stop - start], inv_t)
             logit[rows] = z.gather(1, ids[rows].unsqueeze(1)) * inv_t
-        ctx.save_for_backward(hidden, weight, ids, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, ids.unsqueeze(1), log_z, entropy)
         ctx.sizes, ctx.inv_t, ctx.operand, ctx.leaves = (C, B), inv_t, operand, leaves
         return (logit - log_z).squeeze(1), entropy.squeeze(1)
 
@@ -112,9 +118,8 @@ class LinearLogprob(torch.autograd.Function):
         (N, V), device, dtype = (len(hidden), len(weight)), hidden.device, log_z.dtype
         grad_logprob, grad_entropy = (None if g is None else g.unsqueeze(1) for g in (grad_logprob, grad_entropy))
 
-        in_place = device.type == "cpu"  # a row's gradient overwrites its logits
         head, buffer = weight.to(operand), empty_logits(C, V, dtype, device)
-        dz_buffer = buffer if in_place else empty_logits(C, V, operand, device)
+        dz_buffer = buffer if device.type == "cpu" else empty_logits(C, V, operand, device)
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dhead = torch.zeros_like(weight, dtype=dtype) if needs_head else None
         with torch.autocast(device.type, enabled=False):
@@ -126,9 +131,7 @@ class LinearLogprob(torch.autograd.Function):
                     block = slice(i, min(i + B, rows.stop))
                     at = slice(i - start, block.stop - start)
                     g, h = (None if grad is None else grad[block] for grad in (grad_logprob, grad_entropy))
-                    grad_leaf(z[at], log_z[block], entropy[block], g, h, inv_t, dz[at])
-                if grad_logprob is not None:
-                    dz.scatter_add_(1, ids[rows].unsqueeze(1), (grad_logprob[rows] * inv_t).to(dz.dtype))
+                    grad_leaf(z[at], ids[block], log_z[block], entropy[block], g, h, inv_t, dz[at])
                 dx = reduce_grads(dz, x, head, needs_hidden, dhead)
                 if needs_hidden:
                     dhidden[rows] = dx.to(dhidden.dtype)

@@ -43,7 +43,8 @@ def logprob_stats_kernel(
 @triton.jit
 def logprob_grad_kernel(
     z_ptr,  # (n, V)
-    log_z_ptr,  # (n,), as the next three
+    ids_ptr,  # (n,), as the next four
+    log_z_ptr,
     entropy_ptr,
     grad_logprob_ptr,
     grad_entropy_ptr,
@@ -65,8 +66,10 @@ def logprob_grad_kernel(
         score -= tl.load(grad_logprob_ptr + row)
     if HAS_ENTROPY:
         score -= tl.load(grad_entropy_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    dz = tl.where(p > 0.0, p * score * inv_t, 0.0)
-    tl.store(dz_ptr + row * dz_stride + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < V)
+    dz = tl.where(p > 0.0, p * score, 0.0)
+    if HAS_LOGPROB:  # before the rounding to bf16: g (1 - p) is small where p is near 1
+        dz += tl.where(columns == tl.load(ids_ptr + row), tl.load(grad_logprob_ptr + row), 0.0)
+    tl.store(dz_ptr + row * dz_stride + columns, (dz * inv_t).to(dz_ptr.dtype.element_ty), mask=columns < V)
 
 
 def triton_stats(z, inv_t):  # (n, V) -> log_z (n, 1), entropy (n, 1)
@@ -76,13 +79,13 @@ def triton_stats(z, inv_t):  # (n, V) -> log_z (n, 1), entropy (n, 1)
     return log_z, entropy
 
 
-def triton_grad(z, log_z, entropy, grad_logprob, grad_entropy, inv_t, out):  # (n, V), 4 x (n, 1) -> out (n, V)
-    """All but the `1[v = a]` term, as the torch leaf."""
+def triton_grad(z, ids, log_z, entropy, grad_logprob, grad_entropy, inv_t, out):  # (n, V), 5 x (n, 1) -> out (n, V)
     z, V = aligned_rows(z), min(z.shape[1], out.shape[1])
     assert out.stride(1) == 1 and out.data_ptr() != z.data_ptr()
     # a kernel's arguments cannot be None: what is not there is a pointer that is not read
     g, h = (log_z if grad is None else grad.float().contiguous() for grad in (grad_logprob, grad_entropy))
     logprob_grad_kernel[(len(z), triton.cdiv(V, GRAD_BLOCK))](
-        z, log_z, entropy, g, h, out, z.stride(0), out.stride(0), V, inv_t,
-        HAS_LOGPROB=grad_logprob is not None, HAS_ENTROPY=grad_entropy is not None, BLOCK=GRAD_BLOCK, num_warps=GRAD_WARPS,
+        z, ids.contiguous(), log_z, entropy, g, h, out, z.stride(0), out.stride(0), V, inv_t,
+        HAS_LOGPROB=grad_logprob is not None, HAS_ENTROPY=grad_entropy is not None,
+        BLOCK=GRAD_BLOCK, num_warps=GRAD_WARPS,
     )  # fmt: skip

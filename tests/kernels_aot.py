@@ -28,8 +28,8 @@ def compile_kernel(kernel, architecture, logits, num_warps, **constants):
             types[name] = "constexpr"
         elif name in ("zs_ptr", "zt_ptr", "z_ptr"):
             types[name] = f"*{logits}"
-        elif name == "dz_ptr":
-            types[name] = "*bf16"
+        elif name in ("dz_ptr", "ids_ptr"):
+            types[name] = {"dz_ptr": "*bf16", "ids_ptr": "*i64"}[name]
         else:
             types[name] = "*fp32" if name.endswith("_ptr") else "i32" if name in SIZES else "fp32"
     divisible = [i for i, name in enumerate(kernel.arg_names) if name in SIZES or name.endswith("_ptr")]

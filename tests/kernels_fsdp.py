@@ -1,6 +1,5 @@
 """Two FSDP2 ranks with half the batch each equal one process with all of it: loss, gradients, and the refusal.
-
-    python tests/kernels_fsdp.py        starts both ranks (gloo, CPU)
+Starts both ranks itself (gloo, CPU).
 """
 
 import os
@@ -42,8 +41,8 @@ def run(rank, rendezvous):
     torch.manual_seed(0)
     whole, sharded = Student(), Student()
     sharded.load_state_dict(whole.state_dict())
-    inputs, teacher_logits, weight = batch()
-    for weight in (weight, weight.flip(0), weight + 0.1):
+    inputs, teacher_logits, mask = batch()
+    for weight in (mask, mask.flip(0), mask + 0.1):
         whole.zero_grad()
         expected = whole(inputs, TeacherLogits(teacher_logits), weight)
         expected.backward()
@@ -51,10 +50,9 @@ def run(rank, rendezvous):
         model = Student()
         model.load_state_dict(whole.state_dict())
         fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,)))
-        model.set_gradient_divide_factor(1.0)  # sum over ranks: the weights hold the global count already
         half = slice(rank * B // 2, (rank + 1) * B // 2)
         loss = model(inputs[half], TeacherLogits(teacher_logits[half]), weight[half])
-        loss.backward()
+        (2 * loss).backward()  # FSDP2 averages over the ranks; the weights hold the global count already
         total = loss.detach().clone()
         dist.all_reduce(total)
         torch.testing.assert_close(total, expected.detach())

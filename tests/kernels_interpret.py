@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`
 
 import torch
 
-from kernels.divergence import reference_divergence
+from kernels.divergence import Formula, block_loss, reference_divergence, torch_grad, torch_stats
 from kernels.divergence_triton import triton_grad, triton_stats
 from kernels.linear import empty_logits
 from kernels.logprob import reference_logprob
@@ -96,14 +96,26 @@ wide_s[:, 3001:], wide_t[:, 3001:] = -INF, -INF
 leaf = triton_stats(wide_s[::2], wide_t, "reverse_kl", 0.5, 1.0)
 dz = torch.empty(3, 3008)
 triton_grad(leaf, torch.ones(3, 1), "reverse_kl", 0.5, dz)
-check(leaf.divergence.squeeze(1), reference_divergence(wide_s[::2, :3001], wide_t[:, :3001], "reverse_kl"), 3e-6, "wide")
+expected = reference_divergence(wide_s[::2, :3001], wide_t[:, :3001], "reverse_kl")
+check(leaf.divergence.squeeze(1), expected, 3e-6, "wide")
 assert (dz[:, 3001:] == 0).all() and dz.isfinite().all()
 leaf = triton_stats(wide_s[::2], wide_t[:, :3001], "reverse_kl", 0.5, 1.0)
-check(leaf.divergence.squeeze(1), reference_divergence(wide_s[::2, :3001], wide_t[:, :3001], "reverse_kl"), 3e-6, "mixed")
+check(leaf.divergence.squeeze(1), expected, 3e-6, "one model wider than the other")
 check_divergence(torch.randn(2, 5000).bfloat16(), torch.randn(2, 5000).bfloat16(), "bf16")
 check_divergence(torch.randn(2, 5000), torch.randn(2, 5000).bfloat16(), "fp32 and bf16")
 check_divergence(torch.randn(500, 2).T, torch.randn(2, 500), "columns apart in memory")
 assert empty_logits(2, 30, torch.float32, torch.device("cpu")).shape == (2, 30)
+
+# the block that calls the leaves: same losses, statistics and gradients with either set, padding columns included
+ids, weight = torch.randint(3001, (3,)), torch.rand(3)
+for kind, jsd_beta in KINDS:
+    formula, results = Formula(kind, jsd_beta, 1 / 0.7, lambda stats: 1 / (1 + stats.teacher_entropy)), []
+    for leaves, V in (((triton_stats, triton_grad, 0), 3008), ((torch_stats, torch_grad, 0), 3001)):
+        dz = torch.empty(3, V)
+        losses, stats = block_loss(wide_s[::2, :V], wide_t[:, :V], weight, ids, dz, formula, leaves)
+        results.append((losses, *stats, dz[:, :3001]))
+    for value, expected in zip(*results, strict=True):
+        check(value, expected, 3e-6, f"block, {kind}")
 
 # offsets beyond 2^31 elements: three rows 2^30 elements apart; the memory between them is never touched
 far = torch.empty((2 << 30) + 64, dtype=torch.bfloat16).as_strided((3, 64), (1 << 30, 1))
@@ -123,9 +135,7 @@ for V, temperature in itertools.product((1, 1000, 4099), (1.0, 0.7)):
     g, h = torch.randn(3, 1), torch.randn(3, 1)
     for upstream in ((g, h), (g, None), (None, h)):
         dz = torch.empty_like(z)
-        logprob_grad(z, log_z, entropy, *upstream, 1 / temperature, dz)
-        if upstream[0] is not None:
-            dz.scatter_add_(1, ids.unsqueeze(1), g / temperature)
+        logprob_grad(z, ids.unsqueeze(1), log_z, entropy, *upstream, 1 / temperature, dz)
         total = sum((u.squeeze(1) * v).sum() for u, v in zip(upstream, expected, strict=True) if u is not None)
         check(dz, torch.autograd.grad(total, reference_z, retain_graph=True)[0], 1e-5, f"logprob gradient, V = {V}")
 print("ok")

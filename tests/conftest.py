@@ -1,0 +1,204 @@
+"""Shared fixtures: checkpoints small enough to train in a second, and a harness that runs a script's `main` in this
+process and keeps what a test wants to check: rollouts, micro-batches, gradients and the weights they were taken at.
+
+A subprocess spends most of its time on imports, so only the tests of the command line itself start one."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import common
+import eval_math
+import fkl_warmup
+import grpo
+import opd
+import toy
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"grpo": grpo, "fkl_warmup": fkl_warmup, "opd": opd, "eval_math": eval_math}
+torch.set_num_threads(1)  # the models are too small to gain from more
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def random_model(arch: str = "qwen3", tied: bool = True, hidden: int = 32, seed: int = 0, **config):
+    """A model with the toy's vocabulary and weights far enough from 0 that its distributions are not flat."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": len(toy.ID), "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
+             "tie_word_embeddings": tied, "initializer_range": 0.3, "bos_token_id": None,
+             "eos_token_id": toy.ID["<|im_end|>"], "pad_token_id": toy.ID["<|pad|>"]} | config
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if arch == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
+    model.generation_config = GenerationConfig(eos_token_id=sizes["eos_token_id"], pad_token_id=sizes["pad_token_id"])
+    return model.eval()
+
+
+def load(folder, dtype=torch.float64):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def next_token_logits(model, prompt: list[int], response: list[int]):
+    """Transformers' own logits behind each response token: one row, no padding, no cache. (R, V)"""
+    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """toy.py's files with models trained just long enough to end their answers: world/{train,test,..}.jsonl, world/*_base."""
+    out = tmp_path_factory.mktemp("world")
+    sizes = {"train_size": 20, "heldout_size": 8, "dev_size": 4, "test_size": 8, "min_ops": 1, "max_ops": 4}
+    pretraining = {"batch_size": 32, "teacher_hidden": 64, "teacher_layers": 1, "teacher_steps": 30,
+                   "student_hidden": 32, "student_layers": 1, "student_steps": 30}
+    with contextlib.redirect_stdout(io.StringIO()):
+        toy.main(toy.Args(out=str(out), **sizes, **pretraining))
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders of random models: `student`, `wide` (hidden size above the vocabulary's, so that opd.py caches logits),
+    `narrow` (below it, so that opd.py caches hidden states), `llama` (head not tied)."""
+    folders = {}
+    for name, model in {"student": random_model(seed=1), "wide": random_model(seed=2), "narrow": random_model(hidden=16, seed=3),
+                        "llama": random_model("llama", tied=False, seed=4)}.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        toy.make_tokenizer().save_pretrained(folder)
+        folders[name] = str(folder)
+    return SimpleNamespace(**folders)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve problems of different lengths; the answer names its problem, so that a fake grader can tell them apart."""
+    texts = ["1+2?", "3*4-5?", "7-1+2*3?", "9*9?", "2+2+2+2+2?", "8-3?", "4*4*4?", "6+1-9*2?", "5?", "0+0?", "1*7+8?", "3-3-3-3?"]
+    return write_jsonl(tmp_path / "data.jsonl", [{"problem": text, "answer": f"p{i}"} for i, text in enumerate(texts)])
+
+
+class FakeGrader:
+    """Rewards by `rule(answer, j)` for response j of a problem: a test decides which groups are mixed."""
+
+    rule = staticmethod(lambda answer, j: float(j % 2))
+    unparsable = timeouts = 0
+
+    def __init__(self, kind="math"):
+        pass
+
+    def grade(self, texts, answers):
+        seen, rewards = {}, []
+        for _, answer in zip(texts, answers, strict=True):
+            rewards.append(self.rule(answer, seen.get(answer, 0)))
+            seen[answer] = seen.get(answer, 0) + 1
+        return rewards
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def fake_grader(monkeypatch):
+    """`fake_grader(rule)` replaces the grader of every script."""
+
+    def install(rule):
+        monkeypatch.setattr(common, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
+
+    return install
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path):
+    """`run_script("grpo", **args)` runs the script's main in a fresh folder and returns what it did:
+
+    out, metrics (rows), record (run.json), samples ([(prompts, n, responses)] per call of the sampler), updates
+    ([(params, grads)] before each optimizer step, by name, unclipped), splits (what common.micro_batches returned),
+    passes ([(prompts, responses)] of every forward pass with gradients)."""
+    count = 0
+
+    def start(script: str, **args):
+        nonlocal count
+        count += 1
+        seen = SimpleNamespace(out=Path(args.pop("out", tmp_path / f"run{count}")), samples=[], updates=[], splits=[], passes=[])
+        trained = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), "--as-typed"])
+            load_model, sample, clip = common.load_model, common.HFSampler.sample, torch.nn.utils.clip_grad_norm_
+            micro_batches, response_hidden = common.micro_batches, common.response_hidden
+
+            def recording_load_model(*a, **kw):
+                model = load_model(*a, **kw)
+                if next(model.parameters()).requires_grad:
+                    trained.append(model)
+                return model
+
+            def recording_sample(self, prompts, n, *a, **kw):
+                responses = sample(self, prompts, n, *a, **kw)
+                seen.samples.append((prompts, n, responses))
+                return responses
+
+            def recording_clip(*a, **kw):
+                named = dict(trained[0].named_parameters())
+                seen.updates.append(({k: p.detach().clone() for k, p in named.items()},
+                                     {k: p.grad.clone() for k, p in named.items()}))
+                return clip(*a, **kw)
+
+            def recording_micro_batches(lengths, budget):
+                seen.splits.append((list(lengths), micro_batches(lengths, budget)))
+                return seen.splits[-1][1]
+
+            def recording_hidden(model, prompts, responses):
+                if torch.is_grad_enabled():
+                    seen.passes.append((prompts, responses))
+                return response_hidden(model, prompts, responses)
+
+            patch.setattr(common, "load_model", recording_load_model)
+            patch.setattr(common.HFSampler, "sample", recording_sample)
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)
+            patch.setattr(common, "micro_batches", recording_micro_batches)
+            patch.setattr(common, "response_hidden", recording_hidden)
+            module = SCRIPTS[script]
+            module.main(module.Args(out=str(seen.out), **({"instruction": ""} | args)))
+        if script != "eval_math":
+            seen.metrics = read_jsonl(seen.out / "metrics.jsonl")
+            seen.record = json.loads((seen.out / "run.json").read_text())
+        return seen
+
+    return start
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """`cli("grpo", "--model", ...)` is what a user would see of the command: (exit code, stdout, stderr)."""
+
+    def start(script: str, *flags: str):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), *map(str, flags)])
+        module, code = SCRIPTS[script], 0
+        capfd.readouterr()
+        try:
+            common.run(module.main, module.Args)
+        except SystemExit as stop:
+            code = stop.code
+        streams = capfd.readouterr()
+        return code, streams.out, streams.err
+
+    return start

@@ -1,0 +1,424 @@
+"""The three trainers: gradients against the formula written out naively in float64 with transformers' own logits, their
+independence of the micro-batch split, determinism, and what each flag changes."""
+
+import inspect
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load, next_token_logits, read_jsonl, write_jsonl
+
+import common
+import toy
+
+MIXED = {"p0": 1, "p1": 2, "p2": 3, "p4": 1, "p5": 2, "p7": 3, "p8": 1, "p9": 2, "p10": 3}  # right answers of 4; else 0 or 4
+
+
+def mixed_rule(answer, j):
+    return float(j < MIXED.get(answer, 4 if answer == "p3" else 0))
+
+
+def assert_close(actual: dict, expected: dict, tolerance: float = 1e-6):
+    """Each tensor equals its namesake, relative to the norm of the whole gradient."""
+    assert actual.keys() == expected.keys()
+    norm = torch.cat([g.flatten() for g in expected.values()]).norm()
+    assert norm > 0
+    worst = max(float((actual[name] - expected[name]).norm() / norm) for name in expected)
+    assert worst < tolerance, f"relative gradient difference {worst:.1e}"
+
+
+def budget_for(lengths: list[int], count: int) -> int:
+    """A --micro-batch-tokens that splits `lengths` into exactly `count` micro-batches."""
+    fitting = [budget for budget in range(1, 2000) if len(common.micro_batches(lengths, budget)) == count]
+    assert fitting, f"no budget gives {count} micro-batches of {lengths}"
+    return fitting[0]
+
+
+def gradient_of(model, loss) -> dict:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def model_at(folder, params):
+    model = load(folder)
+    model.load_state_dict(params, strict=False)
+    return model.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------------------------- GRPO
+GRPO = dict(prompts_per_step=10, minibatch_prompts=5, group_size=4, max_response_tokens=20, max_steps=1, dtype="float64",
+            learning_rate=0.02)
+
+
+def naive_grpo(folder, rollout, rewards, args, updates, minibatch_prompts):
+    """[gradient, ...] of every minibatch, and counts of what was clipped: the formula, one row and one token at a time."""
+    prompts, n, responses = rollout
+    counts, gradients = Counter(), []
+    initial = load(folder)
+    temperature = args.get("temperature", 1.0)
+    for start in range(0, len(prompts), minibatch_prompts):
+        groups = range(start, start + minibatch_prompts)
+        rows = [(p, j) for p in groups for j in range(n)]
+        if args.get("overlong_filtering"):
+            rows = [(p, j) for p, j in rows if not responses[p * n + j].truncated]
+        tokens = sum(len(responses[p * n + j].ids) for p, j in rows)
+        params, _ = updates[len(gradients)]
+        model, loss = model_at(folder, params), 0.0
+        for p, j in rows:
+            group = torch.tensor(rewards[p * n : p * n + n], dtype=torch.float64)
+            advantage = group[j] - group.mean()
+            if args.get("std_normalization", True):
+                advantage = advantage / (group.std() + 1e-6)
+            response = responses[p * n + j].ids
+            ids = torch.tensor(response)[:, None]
+            log_p = torch.log_softmax(next_token_logits(model, prompts[p], response) / temperature, -1)  # (R, V)
+            with torch.no_grad():
+                ref_log_p = torch.log_softmax(next_token_logits(initial, prompts[p], response) / temperature, -1)
+            ratio = (log_p.gather(1, ids) - ref_log_p.gather(1, ids))[:, 0].exp()
+            for r in ratio:
+                objective = torch.min(r * advantage, r.clamp(1 - 0.2, 1 + 0.28) * advantage)
+                counts["changed"] += int((r - 1).abs() > 0.01)
+                counts["clipped"] += int(r * advantage > objective)
+                if advantage < 0 and objective < args.get("dual_clip", 10.0) * advantage:
+                    objective = args.get("dual_clip", 10.0) * advantage
+                    counts["dual"] += 1
+                loss = loss - objective / tokens
+            reverse_kl = (log_p.exp() * (log_p - ref_log_p)).sum(-1)  # (R,)
+            loss = loss + args.get("kl_coef", 0.0) * reverse_kl.sum() / tokens
+        gradients.append(gradient_of(model, loss))
+    return gradients, counts
+
+
+def rewards_of(rule, data, rollout, tokenizer):
+    """The rewards that the fake grader gave, in the order of the rollout."""
+    answers = {tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)}
+    prompts, n, _ = rollout
+    return [rule(answers[tuple(prompt)], j) for prompt in prompts for j in range(n)]
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    {"kl_coef": 0.3, "temperature": 0.7},
+    {"std_normalization": False, "overlong_filtering": True},
+    {"dual_clip": 1.05},
+], ids=["default", "kl_temperature", "no_std_overlong", "dual_clip"])
+def test_grpo_gradients_equal_the_formula(run_script, fake_grader, checkpoints, data, flags):
+    """Two minibatches: at ratio 1, and behind an update. Groups with equal rewards are left out by the script, not here."""
+    fake_grader(mixed_rule)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, **GRPO, **flags)
+    [rollout] = run.samples
+    rewards = rewards_of(mixed_rule, data, rollout, toy.make_tokenizer())
+    truncated = [r.truncated for r in rollout[2]]
+    assert any(truncated) and not all(truncated) and len(run.updates) == 2
+    expected, counts = naive_grpo(checkpoints.student, rollout, rewards, flags, run.updates, 5)
+    for (_, actual), gradient in zip(run.updates, expected, strict=True):
+        assert_close(actual, gradient)
+    assert counts["changed"] > 20 and counts["clipped"] > 0, "the second minibatch should see a changed policy"
+    assert counts["dual"] > 0 or "dual_clip" not in flags
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_grpo_gradients_do_not_depend_on_the_micro_batches(run_script, fake_grader, checkpoints, data, kl_coef):
+    fake_grader(mixed_rule)
+    args = GRPO | {"model": checkpoints.student, "train_data": data, "kl_coef": kl_coef}
+    whole = run_script("grpo", **args, micro_batch_tokens=10**6)
+    _, *per_minibatch = [lengths for lengths, _ in whole.splits]  # the first call is the scoring of later minibatches
+    assert len(per_minibatch) == 2
+    for minibatch, count in itertools.product((0, 1), (1, 2, 7)):
+        split = run_script("grpo", **args, micro_batch_tokens=budget_for(per_minibatch[minibatch], count))
+        assert len(split.splits[1 + minibatch][1]) == count
+        for (_, actual), (_, expected) in zip(split.updates, whole.updates, strict=True):
+            assert_close(actual, expected)
+        for key in ("losses/policy_loss", "losses/approx_kl", "losses/entropy", "losses/ref_kl", "losses/clipfrac"):
+            assert split.metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-6, abs=1e-12), key
+
+
+def test_grpo_learns_from_the_real_grader(run_script, world):
+    run = run_script("grpo", model=str(world / "teacher_base"), train_data=str(world / "train.jsonl"), prompts_per_step=10,
+                     minibatch_prompts=10, group_size=8, max_response_tokens=24, max_steps=2,
+                     eval_data=str(world / "test.jsonl"), eval_every=1)
+    assert [row["step"] for row in run.metrics] == [0, 1, 2]
+    assert 0 < run.metrics[1]["charts/reward"] < 1 and run.metrics[1]["losses/grad_norm"] > 0
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in run.metrics)
+    assert run.metrics[2]["debug/sampler_logprob_diff_max"] < 1e-4
+
+
+def weights(folder):
+    return load(folder, torch.float32).state_dict()
+
+
+def assert_unchanged(out, folder):
+    before, after = weights(folder), weights(out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("flags", [{}, {"dynamic_sampling": 2}], ids=["plain", "dynamic_sampling"])
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_grpo_step_with_equal_rewards_changes_nothing(run_script, fake_grader, checkpoints, data, flags, reward):
+    fake_grader(lambda answer, j: reward)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=4, minibatch_prompts=2,
+                     group_size=2, max_response_tokens=8, max_steps=2, learning_rate=0.1, **flags)
+    assert_unchanged(run.out, checkpoints.student)
+    assert len(run.metrics) == 2 and run.updates == []
+    for row in run.metrics:
+        assert row["charts/zero_std_frac"] == 1 and row["charts/reward"] == reward
+        assert row["losses/grad_norm"] == row["losses/policy_loss"] == 0
+
+
+def test_grpo_overlong_filtering_of_every_response_changes_nothing(run_script, fake_grader, checkpoints, data):
+    fake_grader(mixed_rule)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=4, minibatch_prompts=4, group_size=4,
+                     max_response_tokens=1, max_steps=1, overlong_filtering=True, seed=2, learning_rate=0.1)
+    assert all(r.truncated for r in run.samples[0][2])
+    assert_unchanged(run.out, checkpoints.student)
+
+
+def test_grpo_dynamic_sampling_replaces_groups_with_equal_rewards(run_script, fake_grader, checkpoints, data):
+    fake_grader(mixed_rule)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=6, minibatch_prompts=6, group_size=4,
+                     max_response_tokens=8, max_steps=1, dynamic_sampling=3)
+    tokenizer = toy.make_tokenizer()
+    answers = {tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)}
+    first_draw = [answers[tuple(prompt)] for prompt in run.samples[0][0]]
+    assert any(a not in MIXED for a in first_draw) and len(run.samples) == 2, "the seed should need one more draw"
+    trained = [answers[tuple(prompt)] for prompts, _ in run.passes for prompt in prompts]
+    assert set(trained) <= set(MIXED) and len(trained) == 6 * 4
+    assert set(first_draw) & set(MIXED) <= set(trained), "what the first draw gave is kept"
+    assert run.metrics[0]["charts/labels_used"] == len({tuple(p) for prompts, _, _ in run.samples for p in prompts})
+    drawn = [answers[tuple(prompt)] for prompts, _, _ in run.samples for prompt in prompts]
+    assert run.metrics[0]["charts/zero_std_frac"] == pytest.approx(sum(a not in MIXED for a in drawn) / len(drawn))
+
+
+def test_grpo_counts_distinct_labels(run_script, fake_grader, checkpoints, data):
+    fake_grader(mixed_rule)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=8, minibatch_prompts=4, group_size=2,
+                     max_response_tokens=4, max_steps=3)
+    assert [row["charts/labels_used"] for row in run.metrics] == [8, 12, 12] and run.record["labels_used"] == 12
+
+
+def test_grpo_epochs_see_every_problem_equally_often(run_script, fake_grader, checkpoints, data):
+    fake_grader(mixed_rule)
+    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=6, minibatch_prompts=6, group_size=2,
+                     max_response_tokens=2, epochs=2)
+    seen = Counter(tuple(prompt) for prompts, _, _ in run.samples for prompt in prompts)
+    assert len(run.metrics) == 4 and set(seen.values()) == {2} and len(seen) == 12
+
+
+# ------------------------------------------------------------------------------------------------------- distillation
+def naive_divergences(student, teacher, rollout, teacher_prompts, temperature):
+    """Per response: student's and teacher's log-softmax (R, V), the sampled ids (R, 1)."""
+    prompts, n, responses = rollout
+    assert n == 1
+    for prompt, teacher_prompt, response in zip(prompts, teacher_prompts, responses, strict=True):
+        log_ps = torch.log_softmax(next_token_logits(student, prompt, response.ids) / temperature, -1)
+        with torch.no_grad():
+            log_pt = torch.log_softmax(next_token_logits(teacher, teacher_prompt, response.ids) / temperature, -1)
+        yield log_ps, log_pt, torch.tensor(response.ids)[:, None]
+
+
+def kl(log_p, log_q):  # KL(p || q) = E_p[log p - log q], (R, V) -> (R,)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def token_loss(name, log_ps, log_pt, ids, jsd_beta=0.5):  # -> (R,)
+    if name == "reverse_kl":
+        return kl(log_ps, log_pt)
+    if name == "forward_kl":
+        return kl(log_pt, log_ps)
+    if name == "jsd":
+        log_m = ((1 - jsd_beta) * log_ps.exp() + jsd_beta * log_pt.exp()).log()
+        return jsd_beta * kl(log_pt, log_m) + (1 - jsd_beta) * kl(log_ps, log_m)
+    if name == "ce":
+        return -log_ps.gather(1, ids)[:, 0]
+    logprob = log_ps.gather(1, ids)[:, 0]
+    return -(log_pt.gather(1, ids)[:, 0] - logprob).detach() * logprob  # "sampled": a policy gradient
+
+
+OPD = dict(prompts_per_step=10, max_response_tokens=20, max_steps=1, dtype="float64")
+
+
+@pytest.mark.parametrize("teacher", ["wide", "narrow", "llama"])
+@pytest.mark.parametrize("loss, temperature", [("reverse_kl", 1.0), ("reverse_kl", 0.7), ("forward_kl", 0.7), ("jsd", 0.7),
+                                               ("sampled", 0.7)])
+def test_opd_gradient_equals_the_formula(run_script, checkpoints, data, teacher, loss, temperature):
+    folder = getattr(checkpoints, teacher)
+    run = run_script("opd", teacher=folder, student=checkpoints.student, train_data=data, loss=loss, temperature=temperature,
+                     jsd_beta=0.3, **OPD)
+    [rollout], [(params, actual)] = run.samples, run.updates
+    student, rows = model_at(checkpoints.student, params), []
+    for log_ps, log_pt, ids in naive_divergences(student, load(folder), rollout, rollout[0], temperature):
+        rows.append((token_loss(loss, log_ps, log_pt, ids, 0.3), kl(log_ps, log_pt), kl(log_pt, log_ps)))
+    losses, reverse_kl, forward_kl = (torch.cat(column) for column in zip(*rows, strict=True))
+    assert_close(actual, gradient_of(student, losses.mean()))
+    [logged] = run.metrics
+    assert logged["losses/policy_loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert logged["losses/reverse_kl"] == pytest.approx(float(reverse_kl.mean()), rel=1e-6)  # KL(student || teacher)
+    assert logged["losses/forward_kl"] == pytest.approx(float(forward_kl.mean()), rel=1e-6)  # KL(teacher || student)
+    assert abs(float(reverse_kl.mean() - forward_kl.mean())) > 0.05, "the two directions should be told apart"
+    norm = torch.cat([g.flatten() for g in actual.values()]).norm()
+    assert logged["losses/grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "sampled"])
+def test_opd_gradient_does_not_depend_on_the_micro_batches(run_script, checkpoints, data, loss):
+    args = OPD | {"teacher": checkpoints.narrow, "student": checkpoints.student, "train_data": data, "loss": loss}
+    whole = run_script("opd", **args, micro_batch_tokens=10**6)
+    for count in (1, 2, 7):  # of the teacher's pass and of the student's
+        split = run_script("opd", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
+        assert [len(groups) for _, groups in split.splits] == [count, count]
+        assert_close(split.updates[0][1], whole.updates[0][1])
+        for key in ("losses/policy_loss", "losses/reverse_kl", "losses/entropy", "debug/sampler_logprob_diff_mean"):
+            assert split.metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-6, abs=1e-9), key
+
+
+def test_opd_with_the_student_as_its_own_teacher_starts_at_zero(run_script, checkpoints, data):
+    for folder in (checkpoints.student, checkpoints.narrow):  # logits cached, hidden states cached
+        run = run_script("opd", teacher=folder, student=folder, train_data=data, prompts_per_step=10, max_response_tokens=20,
+                         max_steps=1)
+        row = run.metrics[0]
+        assert abs(row["losses/reverse_kl"]) < 1e-5 and abs(row["losses/forward_kl"]) < 1e-5
+        assert row["losses/grad_norm"] < 1e-4
+
+
+def test_opd_teacher_reads_the_response_behind_its_own_prompt(run_script, checkpoints, data, tmp_path):
+    """Another chat template for the same ids: the divergence must be taken behind two different prompts."""
+    teacher = tmp_path / "teacher"
+    load(checkpoints.wide, torch.float32).save_pretrained(teacher)
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "<|system|>{{ '7' if enable_thinking else '3' }}" + toy.CHAT_TEMPLATE
+    tokenizer.save_pretrained(teacher)
+    run = run_script("opd", teacher=str(teacher), student=checkpoints.student, train_data=data, teacher_thinking=True, **OPD)
+    [rollout], [(params, actual)] = run.samples, run.updates
+    own = [[toy.ID["<|system|>"], 7, *prompt] for prompt in rollout[0]]
+    student = model_at(checkpoints.student, params)
+    rows = naive_divergences(student, load(teacher), rollout, own, 1.0)
+    reverse_kl = torch.cat([kl(log_ps, log_pt) for log_ps, log_pt, _ in rows])
+    assert run.metrics[0]["losses/reverse_kl"] == pytest.approx(float(reverse_kl.mean()), rel=1e-6)
+    assert_close(actual, gradient_of(student, reverse_kl.mean()))
+
+
+WARMUP = dict(rollouts_per_prompt=2, rollouts_per_step=24, max_response_tokens=20, max_steps=1, dtype="float64")
+
+
+@pytest.mark.parametrize("loss, temperature", [("forward_kl", 1.0), ("forward_kl", 0.7), ("ce", 1.0), ("ce", 0.7)])
+def test_warmup_gradient_equals_the_formula(run_script, checkpoints, data, loss, temperature):
+    run = run_script("fkl_warmup", teacher=checkpoints.wide, student=checkpoints.student, train_data=data, loss=loss,
+                     temperature=temperature, **WARMUP)
+    [(prompts, n, responses)], [(params, actual)] = run.samples, run.updates
+    rollout = [prompt for prompt in prompts for _ in range(n)], 1, responses
+    student, teacher, rows = model_at(checkpoints.student, params), load(checkpoints.wide), []
+    for log_ps, log_pt, ids in naive_divergences(student, teacher, rollout, rollout[0], temperature):
+        rows.append((token_loss(loss, log_ps, log_pt, ids), kl(log_pt, log_ps), kl(log_ps, log_pt)))
+    if loss == "ce":  # SFT has no temperature
+        losses = torch.cat([token_loss("ce", *row) for row in naive_divergences(student, teacher, rollout, rollout[0], 1.0)])
+    else:
+        losses = torch.cat([row[0] for row in rows])
+    forward_kl, reverse_kl = (torch.cat([row[i] for row in rows]).mean() for i in (1, 2))
+    assert_close(actual, gradient_of(student, losses.mean()))
+    [logged] = run.metrics
+    assert logged["losses/policy_loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert logged["losses/forward_kl"] == pytest.approx(float(forward_kl), rel=1e-6)  # KL(teacher || student)
+    assert logged["losses/reverse_kl"] == pytest.approx(float(reverse_kl), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "ce"])
+def test_warmup_gradient_does_not_depend_on_the_micro_batches(run_script, checkpoints, data, loss):
+    args = WARMUP | {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "loss": loss}
+    whole = run_script("fkl_warmup", **args, micro_batch_tokens=10**6)
+    for count in (1, 2, 7):
+        split = run_script("fkl_warmup", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
+        assert [len(groups) for _, groups in split.splits] == [count]
+        assert_close(split.updates[0][1], whole.updates[0][1])
+        assert split.metrics[0]["losses/forward_kl"] == pytest.approx(whole.metrics[0]["losses/forward_kl"], rel=1e-6)
+
+
+def test_warmup_reuses_saved_rollouts(run_script, checkpoints, data):
+    args = WARMUP | {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "max_steps": 2}
+    first = run_script("fkl_warmup", **args)
+    rows = read_jsonl(first.out / "rollouts.jsonl")
+    prompts, n, responses = first.samples[0]
+    assert [(row["response_ids"], row["truncated"]) for row in rows] == [(r.ids, r.truncated) for r in responses]
+    second = run_script("fkl_warmup", **args, rollouts=str(first.out / "rollouts.jsonl"))
+    assert second.samples == []
+    assert_equal_checkpoints(first.out, second.out)
+
+
+def test_warmup_of_a_student_that_equals_the_teacher_starts_at_zero(run_script, checkpoints, data):
+    run = run_script("fkl_warmup", teacher=checkpoints.student, student=checkpoints.student, train_data=data,
+                     rollouts_per_step=12, max_response_tokens=20, max_steps=1)
+    assert abs(run.metrics[0]["losses/forward_kl"]) < 1e-5 and run.metrics[0]["losses/grad_norm"] < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------- all three alike
+def assert_equal_checkpoints(a: Path, b: Path):
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def small_run(script, world):
+    """Arguments of a run of three steps on the toy's models, with the real grader."""
+    models = {"model": str(world / "student_base")} if script == "grpo" else {
+        "teacher": str(world / "teacher_base"), "student": str(world / "student_base")}
+    own = {"grpo": {"prompts_per_step": 16, "minibatch_prompts": 8, "group_size": 8, "grader": "boxed"},
+           "fkl_warmup": {"rollouts_per_step": 8}, "opd": {"prompts_per_step": 8}}[script]
+    return models | own | {"train_data": str(world / "train.jsonl"), "max_response_tokens": 16, "max_steps": 3,
+                           "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
+def test_the_same_command_gives_bit_identical_weights(run_script, world, script):
+    args = small_run(script, world)
+    first, second, other = run_script(script, **args), run_script(script, **args), run_script(script, **args, seed=2)
+    assert_equal_checkpoints(first.out, second.out)
+    timed = ("time/", "charts/tokens_per_sec")
+    untimed = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.metrics] for run in (first, second)]
+    assert untimed[0] == untimed[1]
+    assert (first.out / "model.safetensors").read_bytes() != (other.out / "model.safetensors").read_bytes()
+    assert (first.out / "model.safetensors").read_bytes() != (world / "student_base" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
+def test_every_step_logs_the_same_finite_metrics(run_script, world, script):
+    run = run_script(script, **small_run(script, world), eval_data=str(world / "test.jsonl"), eval_every=2)
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 3]
+    evaluation = {"step", "eval/accuracy", "eval/response_length"}
+    before, first, *later = [set(row) for row in run.metrics]
+    assert before == evaluation  # before training
+    assert later == [first | evaluation, first | evaluation]  # at --eval-every, and at the end
+    assert all(torch.isfinite(torch.tensor(value)) for row in run.metrics for value in row.values())
+    for row in run.metrics[1:]:
+        assert row["time/step"] >= row["time/train"] > 0 and row["charts/tokens_per_sec"] > 0
+        assert 0 <= row["charts/truncated_frac"] <= 1 and 1 <= row["charts/response_length"] <= 16
+
+
+@pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
+def test_gradient_checkpointing_changes_no_weight(run_script, world, script):
+    args = small_run(script, world) | {"max_steps": 1}
+    plain, recomputed = run_script(script, **args), run_script(script, **args, gradient_checkpointing=True)
+    assert_close(recomputed.updates[0][1], plain.updates[0][1])
+    assert_equal_checkpoints(plain.out, recomputed.out)
+
+
+@pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
+def test_bfloat16_trains_float32_masters(run_script, world, script):
+    run = run_script(script, **small_run(script, world), dtype="bfloat16")
+    assert all(p.dtype == torch.float32 for p in run.updates[0][0].values())
+    assert {p.dtype for p in load(run.out, "auto").parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(torch.tensor(value)) for row in run.metrics for value in row.values())
+
+
+@pytest.mark.parametrize("script", ["fkl_warmup", "opd"])
+def test_dense_stages_need_no_answers_and_use_no_labels(run_script, world, tmp_path, script):
+    rows = [{"problem": row["problem"]} for row in read_jsonl(world / "train.jsonl")]
+    args = small_run(script, world) | {"train_data": write_jsonl(tmp_path / "unlabeled.jsonl", rows), "max_steps": 1}
+    run = run_script(script, **args)
+    assert run.record["labels_used"] == 0 and "charts/labels_used" not in run.metrics[0]
+
+
+def test_scripts_never_import_each_other():
+    for name in ("grpo", "fkl_warmup", "opd", "eval_math", "bridge", "toy", "common", "samplers"):
+        source = inspect.getsource(__import__(name))
+        imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+        assert not imported & ({"grpo", "fkl_warmup", "opd", "eval_math", "bridge", "toy"} - {name}), name
