@@ -70,8 +70,8 @@ def toy_settings(args: Args) -> None:
     world = f"{args.out}/world"
     args.teacher, args.student, args.benchmarks = f"{world}/teacher_base", f"{world}/student_base", (f"{world}/test.jsonl",)
     shared = f'--instruction "" --max-response-tokens 64 --eval-data {shlex.quote(world)}/dev.jsonl'
-    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 --eval-every 10"
-    distil = f"{shared} --learning-rate 7e-4 --eval-every 20"
+    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 2048 --eval-every 10"
+    distil = f"{shared} --learning-rate 7e-4 --micro-batch-tokens 2048 --eval-every 20"
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"

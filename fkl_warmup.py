@@ -7,8 +7,7 @@ distillation (opd.py) to be informative. No reward and no label is used. `--loss
 rollouts, the SFT control. The authors released no warmup code: batch, learning rate and epochs here are this project's.
 
     python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --out ckpt/warmup
-    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts ckpt/warmup/rollouts.jsonl --loss ce \\
-        --out ckpt/sft
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts rollouts.jsonl --loss ce --out ckpt/sft
 """
 
 import json

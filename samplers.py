@@ -95,7 +95,7 @@ class HFSampler:
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
         self.model = model
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, prompts: list[list[int]], n: int, progress=None) -> list[Response]:
         """n responses per prompt; response j of prompt i is at index i * n + j. `progress` is a tqdm over responses."""
         was_training = self.model.training

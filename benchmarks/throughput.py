@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -331,6 +332,34 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
 
 
+def write_record(args: Args, rows: list[dict], versions: dict) -> None:
+    summary = f"""Medians over {args.rounds} alternating turns of {args.grpo_steps} GRPO or {args.opd_steps} OPD steps,
+        after {args.warmup_steps} steps of warm-up. GRPO: {args.grpo_prompts} prompts x {args.group_size} responses,
+        {args.grpo_prompts // args.minibatch_prompts} optimizer steps. OPD: {args.opd_prompts} prompts. At most
+        {args.max_response_tokens} response tokens; ours in micro-batches of {args.micro_batch_tokens} tokens. A ratio
+        below 1 means that ours is faster; in brackets the least and the greatest ratio of one round. Rollout is
+        sampling, decoding and, in GRPO, grading."""
+    lines = [
+        f"# Seconds per step, ours and TRL {versions['trl']}",
+        "",
+        f"{date.today()}; {cpu_name()}; {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
+        "```",
+        "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
+        "```",
+        "",
+        *textwrap.wrap(" ".join(summary.split()), 120),
+        "",
+        *table(rows),
+        "",
+        "What is equal on both sides and what is not:",
+        "",
+        *["> " + line for line in __doc__.split("\n\n")[2].splitlines()],
+    ]
+    Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.record).write_text("\n".join(lines) + "\n")
+
+
 def main(args: Args) -> None:
     if args.side != "all":
         trl_side(args)
@@ -338,8 +367,7 @@ def main(args: Args) -> None:
     runs = Path(args.world).parent
     args.teacher, args.student = args.teacher or str(runs / "teacher_rl"), args.student or str(runs / "bridge")
     policies = args.grpo_model or (f"{args.world}/teacher_base", args.teacher)
-    trl_version = common.version("trl")
-    require(trl_version, "this comparison needs TRL: pip install trl==1.16.0")
+    require(common.version("trl"), "this comparison needs TRL: pip install trl==1.16.0")
     require(Path(args.world, "train.jsonl").exists(),
             f"--world {args.world}: has no train.jsonl; run python bridge.py, or python toy.py --out {args.world}")
     require(args.grpo_prompts % args.minibatch_prompts == 0,
@@ -356,35 +384,16 @@ def main(args: Args) -> None:
     for part, policy in jobs:
         command = command_of(args, part, policy, "ours", Path("OUT"))[0]
         print("$ python " + shlex.join(command).replace(f"{ROOT}/", ""))
-    rows = [measure(args, part, policy, threads) for threads in args.threads for part, policy in jobs]
-    lines = table(rows)
-    print("\n" + "\n".join(lines) + "\n")
     versions = {name: common.version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `alternate` ends its two processes
+    rows = []
+    for threads in args.threads:
+        for part, policy in jobs:
+            rows.append(measure(args, part, policy, threads))
+            if args.record:  # after every row, so that an interrupted run leaves what it measured
+                write_record(args, rows, versions)
+    print("\n" + "\n".join(table(rows)) + "\n")
     print(json.dumps({"cpu": cpu_name(), "versions": versions, "rows": rows}))
-
-    if args.record:
-        summary = f"""\
-Medians over {args.rounds} alternating turns of {args.grpo_steps} GRPO or {args.opd_steps} OPD steps, after {args.warmup_steps} steps of warm-up.
-GRPO: {args.grpo_prompts} prompts x {args.group_size} responses, {args.grpo_prompts // args.minibatch_prompts} optimizer steps. OPD: {args.opd_prompts} prompts.
-At most {args.max_response_tokens} response tokens; ours in micro-batches of {args.micro_batch_tokens} tokens.
-A ratio below 1 means that ours is faster; in brackets the least and the greatest ratio of one round.
-Rollout is sampling, decoding and, in GRPO, grading."""  # noqa: E501
-        header = [
-            f"# Seconds per step, ours and TRL {trl_version}",
-            "",
-            f"{date.today()}; {cpu_name()}; {', '.join(f'{name} {version}' for name, version in versions.items())}.",
-            "",
-            "```",
-            "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
-            "```",
-            "",
-            summary,
-            "",
-        ]
-        about = ["", "What is equal on both sides and what is not:", ""]
-        about += ["> " + line for line in __doc__.split("\n\n")[2].splitlines()]
-        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.record).write_text("\n".join([*header, *lines, *about]) + "\n")
 
 
 if __name__ == "__main__":

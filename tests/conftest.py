@@ -32,7 +32,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def random_model(arch: str = "qwen3", tied: bool = True, hidden: int = 32, seed: int = 0, **config):
@@ -64,8 +64,12 @@ def world(tmp_path_factory):
     sizes = {"train_size": 20, "heldout_size": 8, "dev_size": 4, "test_size": 8, "min_ops": 1, "max_ops": 4}
     pretraining = {"batch_size": 32, "teacher_hidden": 64, "teacher_layers": 1, "teacher_steps": 30,
                    "student_hidden": 32, "student_layers": 1, "student_steps": 30}
+    args = toy.Args(out=str(out), **sizes, **pretraining)
+    dev = toy.write_problems(args)
     with contextlib.redirect_stdout(io.StringIO()):
-        toy.main(toy.Args(out=str(out), **sizes, **pretraining))
+        for role in ("teacher", "student"):  # toy.main does this in two processes, which take longer to start
+            toy.build(role, args, dev)
+    torch.set_flush_denormal(False)
     return out
 
 

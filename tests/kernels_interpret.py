@@ -29,7 +29,7 @@ def check(value, expected, tolerance, what):
     assert torch.equal(value[expected.isinf()], expected[expected.isinf()]), f"{what}: {value} where {expected}"
 
 
-def check_divergence(zs, zt, name, temperature=1.0, infinite=(), tolerance=3e-6, kinds=KINDS):
+def check_divergence(zs, zt, name, temperature=1.0, infinite=(), tolerance=3e-6, kinds=KINDS[:3]):
     n, V = zs.shape
     weight = torch.linspace(-1.0, 2.0, n)
     for kind, jsd_beta in kinds:
@@ -65,8 +65,10 @@ def put(z, values):
 
 torch.manual_seed(0)
 for V, temperature in itertools.product((1, 16, 1000, 4099), (1.0, 0.7)):
-    check_divergence(3 * torch.randn(3, V), 3 * torch.randn(3, V), f"V = {V}, T = {temperature}", temperature)
-check_divergence(3 * torch.randn(1, 151669), 3 * torch.randn(1, 151669), "V = 151669", kinds=KINDS[1:3])
+    check_divergence(
+        3 * torch.randn(3, V), 3 * torch.randn(3, V), f"V = {V}, T = {temperature}", temperature, kinds=KINDS
+    )
+check_divergence(3 * torch.randn(1, 151669), 3 * torch.randn(1, 151669), "V = 151669", kinds=KINDS[2:3])
 
 # identical models: exactly 0, and so is the gradient
 z = 3 * torch.randn(2, 5000)

@@ -656,5 +656,11 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory():
+    run_script("kernels_peak.py")
+
+
+@pytest.mark.slow
 def test_two_fsdp2_ranks_equal_one_process():
     run_script("kernels_fsdp.py")
