@@ -2,6 +2,7 @@
 """Plumbing that fails silently when two copies of it differ, so it lives here once: reading problems, rendering
 prompts, loading models, sampling, batching, evaluation, logging, checkpoints. The algorithms are in the scripts."""
 
+import functools
 import json
 import platform
 import random
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import transformers.utils
 import tyro
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 # kernels/ shadows Hugging Face's package of that name. Where that one is installed as well, transformers would look for
@@ -56,6 +58,13 @@ def require(condition, message: str) -> None:
         raise UsageError(message)
 
 
+def require_positive(args, names: str) -> None:
+    """Raise UsageError unless each of the named fields of `args` (separated by spaces) is above 0 or not given (None)."""
+    for name in names.split():
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -70,17 +79,31 @@ class Problem:
     answer: str | None  # reference answer; None for data without labels
 
 
+@functools.cache
+def go_offline_without_network() -> None:
+    """Without a network the hub's clients retry for minutes; offline, they read their caches or fail at once."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # requests' or httpx's, by version
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def load_rows(spec: str, flag: str) -> list[dict]:
     """Rows of a local .jsonl / .json / .parquet file, or of a hub dataset `name`, `name:config`, `name:config:split`."""
     path = Path(spec)
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
         import datasets
 
         if path.suffix in (".json", ".parquet"):
             return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
-        name, config, split = (spec.split(":") + [None, None])[:3]
+        go_offline_without_network()
+        name, config, split = (spec.split(":", 2) + [None, None])[:3]
         if config is None:
             configs = datasets.get_dataset_config_names(name)
             config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
@@ -100,16 +123,22 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
     """Distinct problems of a dataset, in its order. Raises UsageError for a missing column or an empty dataset."""
     rows = load_rows(spec, flag)
     require(rows, f"{flag} {spec}: the dataset is empty; give one with at least one problem")
+    require(all(isinstance(row, dict) for row in rows), f"{flag} {spec}: every line must be a JSON object")
     columns = sorted(rows[0])
     text_key = next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
     require(text_key, f"{flag} {spec}: needs a column problem, question or prompt; it has {', '.join(columns)}")
     problems = {}
-    for row in rows:
-        prompt, messages = row[text_key], ()
-        if not isinstance(prompt, str):  # a chat list, as in DAPO-Math-17k
-            *messages, last = prompt
+    for number, row in enumerate(rows, 1):
+        prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
+        if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt):
+            *messages, last = prompt  # a chat list, as in DAPO-Math-17k
             prompt = last["content"]
-        candidates = (row.get("answer"), row.get("solution"), (row.get("reward_model") or {}).get("ground_truth"))
+        require(
+            isinstance(prompt, str) and prompt,
+            f"{flag} {spec}: row {number}: {text_key} must be a text or a list of chat messages",
+        )
+        truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+        candidates = (row.get("answer"), row.get("solution"), truth)
         answer = next((candidate for candidate in candidates if candidate is not None), None)
         answer = None if answer is None else reference_answer(str(answer))
         problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
@@ -191,6 +220,8 @@ def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
 
 def load_tokenizer(path: str, flag: str):
     """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
+    if not Path(path).exists():
+        go_offline_without_network()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -215,7 +246,7 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
     try:
         master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
         model = AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise explain_missing(flag, path, error) from None
     try:
         head_weight(model)
@@ -293,7 +324,7 @@ def finished(out: str | Path) -> dict | None:
 
 def progress_bar(total: int, name: str, unit: str) -> tqdm:
     """A bar on a terminal; a line every so often in a log file."""
-    return tqdm(total=total, desc=name, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 20)
+    return tqdm(total=total, desc=name, unit=unit, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 20)
 
 
 class Run:
@@ -373,8 +404,9 @@ def save_checkpoint(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
         state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
-    model.config.dtype = dtype
     model.save_pretrained(out, state_dict=state)
+    model.config.dtype = dtype  # save_pretrained writes that of the master weights
+    model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

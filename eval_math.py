@@ -124,8 +124,7 @@ def main(args: Args) -> None:
 
     # ---- check what was typed, before anything expensive
     require(args.model, "--model: give a checkpoint to measure, or --compare A B")
-    require(args.samples >= 1, f"--samples {args.samples}: must be at least 1")
-    require(args.limit is None or args.limit >= 1, f"--limit {args.limit}: must be at least 1")
+    common.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     names = [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
@@ -137,10 +136,14 @@ def main(args: Args) -> None:
         benchmarks[common.benchmark_name(name)] = common.load_problems(
             HUB.get(name, name), "--benchmarks", need_answers=True
         )[: args.limit]
+    out = Path(args.out or Path("results") / Path(args.model).name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.UsageError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
     tokenizer = common.load_tokenizer(args.model, "--model")
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.model, "--model", device, dtype, trainable=False)
-    out = Path(args.out or Path("results") / Path(args.model).name)
 
     for name, problems in benchmarks.items():
         start = time.time()

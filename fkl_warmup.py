@@ -97,7 +97,9 @@ class Args:
 def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
-    require(args.temperature > 0, f"--temperature {args.temperature}: must be above 0 in training")
+    sizes = "rollouts_per_prompt rollouts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
+    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    common.require_positive(args, sizes)
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
@@ -118,8 +120,10 @@ def main(args: Args) -> None:
     saved = common.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
     if saved is not None:
         require(
-            saved and all(row.get("problem") in index and row.get("response_ids") and "truncated" in row for row in saved),
-            f"--rollouts {args.rollouts}: needs rows with response_ids whose problem is in --train-data; give the "
+            saved
+            and all(row.get("problem") in index and row.get("response_ids") and "truncated" in row for row in saved)
+            and max(max(row["response_ids"]) for row in saved) < len(tokenizer),
+            f"--rollouts {args.rollouts}: needs response_ids of this tokenizer for problems of --train-data; give the "
             f"rollouts.jsonl and the --train-data of one run",
         )
     rollout_count = len(saved) if saved is not None else len(problems) * args.rollouts_per_prompt

@@ -107,7 +107,9 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.group_size >= 2, f"--group-size {args.group_size}: a group of one has no baseline; use 2 or more")
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
-    require(args.temperature > 0, f"--temperature {args.temperature}: must be above 0 in training")
+    sizes = "prompts_per_step minibatch_prompts max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
+    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    common.require_positive(args, sizes)
     require(
         args.prompts_per_step % args.minibatch_prompts == 0,
         f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatch-prompts "

@@ -94,7 +94,9 @@ class Args:
 def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
-    require(args.temperature > 0, f"--temperature {args.temperature}: must be above 0 in training")
+    sizes = "prompts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
+    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    common.require_positive(args, sizes)
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)

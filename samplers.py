@@ -51,7 +51,7 @@ class GrowingLayer(DynamicLayer):
     def _append(self, which: int, cached, new):  # (rows, heads, length, D), (rows, heads, q, D)
         length, total = cached.shape[-2], cached.shape[-2] + new.shape[-2]
         buffer = self.buffers[which]
-        if buffer is None or len(buffer) != len(cached) or buffer.shape[-2] < total:
+        if buffer is None or buffer.data_ptr() != cached.data_ptr() or buffer.shape[-2] < total:  # or rows were chosen
             buffer = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
             buffer[..., :length, :] = cached
             self.buffers[which] = buffer

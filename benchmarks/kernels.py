@@ -13,6 +13,7 @@ in a process of its own. Prints a table and one line of JSON; `--out` appends bo
 import gc
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -382,7 +383,7 @@ def main(args):
     print(text)
     print(json.dumps(summary))
     if args.out:
-        command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
+        command = "python benchmarks/kernels.py " + shlex.join(sys.argv[1:])
         with open(args.out, "a") as file:
             file.write(f"\n## {args.title}\n\n    {command}\n\n{text}\n\n```json\n{json.dumps(summary)}\n```\n")
 

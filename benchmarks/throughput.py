@@ -124,8 +124,10 @@ def trl_side(args: Args) -> None:
     steps = total_steps(args, "grpo" if grpo else "opd")
     rows_per_update = args.minibatch_prompts * args.group_size if grpo else args.opd_prompts
     rows_per_pass = args.trl_micro_batch or rows_per_update
-    require(rows_per_update % rows_per_pass == 0,
-            f"--trl-micro-batch {rows_per_pass} does not divide the {rows_per_update} rows of an optimizer step")
+    require(
+        rows_per_update % rows_per_pass == 0,
+        f"--trl-micro-batch {rows_per_pass} does not divide the {rows_per_update} rows of an optimizer step",
+    )
 
     problems = common.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
     stream = common.problem_stream(len(problems), args.seed)  # the very order of our scripts
@@ -368,18 +370,20 @@ def main(args: Args) -> None:
     args.teacher, args.student = args.teacher or str(runs / "teacher_rl"), args.student or str(runs / "bridge")
     policies = args.grpo_model or (f"{args.world}/teacher_base", args.teacher)
     require(common.version("trl"), "this comparison needs TRL: pip install trl==1.16.0")
-    require(Path(args.world, "train.jsonl").exists(),
-            f"--world {args.world}: has no train.jsonl; run python bridge.py, or python toy.py --out {args.world}")
-    require(args.grpo_prompts % args.minibatch_prompts == 0,
-            f"--minibatch-prompts {args.minibatch_prompts} does not divide --grpo-prompts {args.grpo_prompts}; "
-            "choose a divisor")
-    jobs = ([("grpo", policy) for policy in policies] if "grpo" in args.parts else [])
+    require(
+        Path(args.world, "train.jsonl").exists(),
+        f"--world {args.world}: has no train.jsonl; run python bridge.py, or python toy.py --out {args.world}",
+    )
+    require(
+        args.grpo_prompts % args.minibatch_prompts == 0,
+        f"--minibatch-prompts {args.minibatch_prompts} does not divide --grpo-prompts {args.grpo_prompts}; choose a divisor",
+    )
+    jobs = [("grpo", policy) for policy in policies] if "grpo" in args.parts else []
     jobs += [("opd", args.student)] if "opd" in args.parts else []
     needed = {policy: "--grpo-model" for part, policy in jobs if part == "grpo"}
     needed |= {args.teacher: "--teacher", args.student: "--student"} if "opd" in args.parts else {}
     for path, flag in needed.items():
-        require(Path(path, "config.json").exists(),
-                f"{flag} {path}: no checkpoint there; run python bridge.py, or name one")
+        require(Path(path, "config.json").exists(), f"{flag} {path}: no checkpoint there; run python bridge.py, or name one")
 
     for part, policy in jobs:
         command = command_of(args, part, policy, "ours", Path("OUT"))[0]

@@ -38,10 +38,21 @@ def read_jsonl(path: Path) -> list[dict]:
 def random_model(arch: str = "qwen3", tied: bool = True, hidden: int = 32, seed: int = 0, **config):
     """A model with the toy's vocabulary and weights far enough from 0 that its distributions are not flat."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": len(toy.ID), "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
-             "tie_word_embeddings": tied, "initializer_range": 0.3, "bos_token_id": None,
-             "eos_token_id": toy.ID["<|im_end|>"], "pad_token_id": toy.ID["<|pad|>"]} | config
+    sizes = {
+        "vocab_size": len(toy.ID),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": toy.ID["<|im_end|>"],
+        "pad_token_id": toy.ID["<|pad|>"],
+    } | config
     model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if arch == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
     model.generation_config = GenerationConfig(eos_token_id=sizes["eos_token_id"], pad_token_id=sizes["pad_token_id"])
     return model.eval()
@@ -59,11 +70,18 @@ def next_token_logits(model, prompt: list[int], response: list[int]):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """toy.py's files with models trained just long enough to end their answers: world/{train,test,..}.jsonl, world/*_base."""
+    """toy.py's files, with models trained just long enough to end their answers: *.jsonl, teacher_base, student_base."""
     out = tmp_path_factory.mktemp("world")
     sizes = {"train_size": 20, "heldout_size": 8, "dev_size": 4, "test_size": 8, "min_ops": 1, "max_ops": 4}
-    pretraining = {"batch_size": 32, "teacher_hidden": 64, "teacher_layers": 1, "teacher_steps": 30,
-                   "student_hidden": 32, "student_layers": 1, "student_steps": 30}
+    pretraining = {
+        "batch_size": 32,
+        "teacher_hidden": 64,
+        "teacher_layers": 1,
+        "teacher_steps": 30,
+        "student_hidden": 32,
+        "student_layers": 1,
+        "student_steps": 30,
+    }
     args = toy.Args(out=str(out), **sizes, **pretraining)
     dev = toy.write_problems(args)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -78,8 +96,12 @@ def checkpoints(tmp_path_factory):
     """Folders of random models: `student`, `wide` (hidden size above the vocabulary's, so that opd.py caches logits),
     `narrow` (below it, so that opd.py caches hidden states), `llama` (head not tied)."""
     folders = {}
-    for name, model in {"student": random_model(seed=1), "wide": random_model(seed=2), "narrow": random_model(hidden=16, seed=3),
-                        "llama": random_model("llama", tied=False, seed=4)}.items():
+    for name, model in {
+        "student": random_model(seed=1),
+        "wide": random_model(seed=2),
+        "narrow": random_model(hidden=16, seed=3),
+        "llama": random_model("llama", tied=False, seed=4),
+    }.items():
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         toy.make_tokenizer().save_pretrained(folder)
@@ -90,7 +112,20 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     """Twelve problems of different lengths; the answer names its problem, so that a fake grader can tell them apart."""
-    texts = ["1+2?", "3*4-5?", "7-1+2*3?", "9*9?", "2+2+2+2+2?", "8-3?", "4*4*4?", "6+1-9*2?", "5?", "0+0?", "1*7+8?", "3-3-3-3?"]
+    texts = [
+        "1+2?",
+        "3*4-5?",
+        "7-1+2*3?",
+        "9*9?",
+        "2+2+2+2+2?",
+        "8-3?",
+        "4*4*4?",
+        "6+1-9*2?",
+        "5?",
+        "0+0?",
+        "1*7+8?",
+        "3-3-3-3?",
+    ]
     return write_jsonl(tmp_path / "data.jsonl", [{"problem": text, "answer": f"p{i}"} for i, text in enumerate(texts)])
 
 
@@ -142,7 +177,9 @@ def run_script(monkeypatch, tmp_path):
     def start(script: str, **args):
         nonlocal count
         count += 1
-        seen = SimpleNamespace(out=Path(args.pop("out", tmp_path / f"run{count}")), samples=[], updates=[], splits=[], passes=[])
+        seen = SimpleNamespace(
+            out=Path(args.pop("out", tmp_path / f"run{count}")), samples=[], updates=[], splits=[], passes=[]
+        )
         trained = []
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), "--as-typed"])
@@ -162,8 +199,9 @@ def run_script(monkeypatch, tmp_path):
 
             def recording_clip(*a, **kw):
                 named = dict(trained[0].named_parameters())
-                seen.updates.append(({k: p.detach().clone() for k, p in named.items()},
-                                     {k: p.grad.clone() for k, p in named.items()}))
+                seen.updates.append(
+                    ({k: p.detach().clone() for k, p in named.items()}, {k: p.grad.clone() for k, p in named.items()})
+                )
                 return clip(*a, **kw)
 
             def recording_micro_batches(lengths, budget):

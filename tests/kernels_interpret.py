@@ -65,9 +65,7 @@ def put(z, values):
 
 torch.manual_seed(0)
 for V, temperature in itertools.product((1, 16, 1000, 4099), (1.0, 0.7)):
-    check_divergence(
-        3 * torch.randn(3, V), 3 * torch.randn(3, V), f"V = {V}, T = {temperature}", temperature, kinds=KINDS
-    )
+    check_divergence(3 * torch.randn(3, V), 3 * torch.randn(3, V), f"V = {V}, T = {temperature}", temperature, kinds=KINDS)
 check_divergence(3 * torch.randn(1, 151669), 3 * torch.randn(1, 151669), "V = 151669", kinds=KINDS[2:3])
 
 # identical models: exactly 0, and so is the gradient

@@ -24,8 +24,12 @@ def typed(checkpoints, data, tmp_path):
     def flags(script, **changes):
         models = {"grpo": {"model": checkpoints.student}, "eval_math": {"model": checkpoints.student}}
         models = models.get(script) or {"teacher": checkpoints.wide, "student": checkpoints.student}
-        sizes = {"grpo": {"prompts_per_step": 4, "minibatch_prompts": 2, "group_size": 2}, "fkl_warmup": {"rollouts_per_step": 4},
-                 "opd": {"prompts_per_step": 4}, "eval_math": {"samples": 1}}[script]
+        sizes = {
+            "grpo": {"prompts_per_step": 4, "minibatch_prompts": 2, "group_size": 2},
+            "fkl_warmup": {"rollouts_per_step": 4},
+            "opd": {"prompts_per_step": 4},
+            "eval_math": {"samples": 1},
+        }[script]
         rest = {"benchmarks": data} if script == "eval_math" else {"train_data": data, "max_steps": 1}
         named = models | sizes | rest | {"out": tmp_path / "out", "max_response_tokens": 4, "instruction": ""} | changes
         return [part for name, value in named.items() for part in ("--" + name.replace("_", "-"), str(value))]
@@ -72,34 +76,54 @@ def test_zero_epochs(cli, typed, script):
 
 
 def test_sizes_that_do_not_divide(cli, typed):
-    assert_refused(cli("grpo", *typed("grpo", prompts_per_step=4, minibatch_prompts=3)),
-                   "--prompts-per-step 4 is not divisible by --minibatch-prompts 3", "choose a divisor")
+    assert_refused(
+        cli("grpo", *typed("grpo", prompts_per_step=4, minibatch_prompts=3)),
+        "--prompts-per-step 4 is not divisible by --minibatch-prompts 3",
+        "choose a divisor",
+    )
 
 
 def test_more_per_step_than_there_is(cli, typed):
     assert_refused(cli("grpo", *typed("grpo", prompts_per_step=14)), "--prompts-per-step 14 is more than the 12 problems")
     assert_refused(cli("opd", *typed("opd", prompts_per_step=13)), "--prompts-per-step 13 is more than the 12 problems")
-    assert_refused(cli("fkl_warmup", *typed("fkl_warmup", rollouts_per_step=25, rollouts_per_prompt=2)),
-                   "--rollouts-per-step 25 is more than the 24 rollouts", "raise --rollouts-per-prompt")
+    assert_refused(
+        cli("fkl_warmup", *typed("fkl_warmup", rollouts_per_step=25, rollouts_per_prompt=2)),
+        "--rollouts-per-step 25 is more than the 24 rollouts",
+        "raise --rollouts-per-prompt",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- data
 DATA_FLAG = {"grpo": "train_data", "fkl_warmup": "train_data", "opd": "train_data", "eval_math": "benchmarks"}
 
 
-@pytest.mark.parametrize("text, patterns", [
-    ("", ["the dataset is empty"]),
-    ("\n\n", ["the dataset is empty"]),
-    ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt; it has answer, text"]),
-    ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
-    ('["1+1?", "2"]\n', ["object"]),
-    ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),
-    ('{"problem": null, "answer": "2"}\n', ["problem"]),
-    ('{"problem": 5, "answer": "2"}\n', ["problem"]),
-    ('{"prompt": [], "answer": "2"}\n', ["prompt"]),
-    ('{"prompt": ["1+1?"], "answer": "2"}\n', ["prompt"]),
-], ids=["empty", "blank", "no_column", "malformed", "not_an_object", "column_missing_later", "null", "number", "empty_chat",
-        "chat_of_strings"])
+@pytest.mark.parametrize(
+    "text, patterns",
+    [
+        ("", ["the dataset is empty"]),
+        ("\n\n", ["the dataset is empty"]),
+        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt; it has answer, text"]),
+        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
+        ('["1+1?", "2"]\n', ["object"]),
+        ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),
+        ('{"problem": null, "answer": "2"}\n', ["problem"]),
+        ('{"problem": 5, "answer": "2"}\n', ["problem"]),
+        ('{"prompt": [], "answer": "2"}\n', ["prompt"]),
+        ('{"prompt": ["1+1?"], "answer": "2"}\n', ["prompt"]),
+    ],
+    ids=[
+        "empty",
+        "blank",
+        "no_column",
+        "malformed",
+        "not_an_object",
+        "missing_later",
+        "null",
+        "number",
+        "empty_chat",
+        "chat_of_strings",
+    ],
+)
 @pytest.mark.parametrize("script", ["opd", "eval_math"])
 def test_unusable_data(cli, typed, tmp_path, script, text, patterns):
     path = tmp_path / "bad.jsonl"
@@ -112,19 +136,27 @@ def test_unusable_data(cli, typed, tmp_path, script, text, patterns):
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.parquet"])
 def test_a_missing_data_file(cli, typed, tmp_path, script, name):
     flag = DATA_FLAG[script]
-    assert_refused(cli(script, *typed(script, **{flag: tmp_path / name})), "--" + flag.replace("_", "-"), name, "Check the path")
+    assert_refused(
+        cli(script, *typed(script, **{flag: tmp_path / name})), "--" + flag.replace("_", "-"), name, "Check the path"
+    )
 
 
-@pytest.mark.parametrize("row", [{"problem": "1+1?"}, {"problem": "1+1?", "reward_model": "rule"}, {"problem": "1+1?", "answer": ""}])
+@pytest.mark.parametrize(
+    "row", [{"problem": "1+1?"}, {"problem": "1+1?", "reward_model": "rule"}, {"problem": "1+1?", "answer": ""}]
+)
 @pytest.mark.parametrize("script", ["grpo", "eval_math"])
 def test_answers_are_needed_for_rewards(cli, typed, tmp_path, script, row):
     path = write_jsonl(tmp_path / "unlabeled.jsonl", [row])
-    assert_refused(cli(script, *typed(script, **{DATA_FLAG[script]: path})), "needs a column answer, solution or reward_model")
+    assert_refused(
+        cli(script, *typed(script, **{DATA_FLAG[script]: path})), "needs a column answer, solution or reward_model"
+    )
 
 
 @pytest.mark.parametrize("script", TRAINERS)
 def test_every_prompt_too_long(cli, typed, script):
-    assert_refused(cli(script, *typed(script, max_prompt_tokens=3)), "--train-data", "longer than --max-prompt-tokens 3", "raise it")
+    assert_refused(
+        cli(script, *typed(script, max_prompt_tokens=3)), "--train-data", "longer than --max-prompt-tokens 3", "raise it"
+    )
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -138,10 +170,17 @@ def test_evaluation_without_data(cli, typed, script):
     assert_refused(cli(script, *typed(script, eval_every=1)), "--eval-every needs --eval-data")
 
 
-@pytest.mark.parametrize("row", [{"problem": "99?", "response_ids": [1]}, {"problem": "1+2?"}, {"problem": "1+2?", "response_ids": []},
-                                 {"problem": "1+2?", "response_ids": [1]},
-                                 {"problem": "1+2?", "response_ids": [10**6], "truncated": False}],
-                         ids=["another_problem", "no_ids", "empty", "no_truncated", "unknown_id"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "99?", "response_ids": [1]},
+        {"problem": "1+2?"},
+        {"problem": "1+2?", "response_ids": []},
+        {"problem": "1+2?", "response_ids": [1]},
+        {"problem": "1+2?", "response_ids": [10**6], "truncated": False},
+    ],
+    ids=["another_problem", "no_ids", "empty", "no_truncated", "unknown_id"],
+)
 def test_rollouts_of_something_else(cli, typed, tmp_path, row):
     path = write_jsonl(tmp_path / "rollouts.jsonl", [row])
     assert_refused(cli("fkl_warmup", *typed("fkl_warmup", rollouts=path, rollouts_per_step=1)), "--rollouts")

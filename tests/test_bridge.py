@@ -82,7 +82,9 @@ def fake(monkeypatch):
         else:
             labels = {"teacher_rl": 400, "direct_grpo": 410, "bridge_grpo": 100}.get(out.name, 0)
             write_later(out / "run.json", {"finished": True, "labels_used": labels, "command": typed})
-            write_jsonl(out / "metrics.jsonl", [{"step": s, "charts/reward": 0.1 * s, "losses/reverse_kl": 1.0} for s in (1, 2)])
+            write_jsonl(
+                out / "metrics.jsonl", [{"step": s, "charts/reward": 0.1 * s, "losses/reverse_kl": 1.0} for s in (1, 2)]
+            )
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -105,7 +107,13 @@ def problems(tmp_path):
 
 def real(tmp_path, problems, **changes):
     """Arguments as for real models, on local names."""
-    args = {"out": str(tmp_path / "run"), "teacher": "big", "student": "small", "train_data": problems, "benchmarks": ("b.jsonl",)}
+    args = {
+        "out": str(tmp_path / "run"),
+        "teacher": "big",
+        "student": "small",
+        "train_data": problems,
+        "benchmarks": ("b.jsonl",),
+    }
     return bridge.Args(**(args | changes))
 
 
@@ -130,7 +138,9 @@ def test_the_split_is_that_of_seed_42_whatever_the_runs_seed(tmp_path, problems)
 
 def test_the_split_keeps_chat_prompts_and_the_loader_reads_it_back(tmp_path):
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"}]
-    path = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}] + [{"prompt": f"{i}?", "answer": "1"} for i in range(4)])
+    path = write_jsonl(
+        tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}] + [{"prompt": f"{i}?", "answer": "1"} for i in range(4)]
+    )
     parts = [common.load_problems(part, "--train-data", True) for part in bridge.split_labels(real(tmp_path, path))]
     assert sorted(parts[0] + parts[1], key=str) == sorted(common.load_problems(path, "--train-data", True), key=str)
 
@@ -151,16 +161,20 @@ def test_stages_run_in_order_with_the_right_models_and_data(tmp_path, fake, prob
     by_stage = {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] != "eval_math.py"}
     assert stages(fake) == TRAINED
     models = {"teacher_rl": ("grpo.py", ["big"]), "direct_grpo": ("grpo.py", ["small"]),
-              "raw_teacher_warmup": ("fkl_warmup.py", ["big", "small"]), "raw_teacher": ("opd.py", ["big", f"{out}/raw_teacher_warmup"]),
+              "raw_teacher_warmup": ("fkl_warmup.py", ["big", "small"]),
+              "raw_teacher": ("opd.py", ["big", f"{out}/raw_teacher_warmup"]),
               "bridge_warmup": ("fkl_warmup.py", [f"{out}/teacher_rl", "small"]),
-              "bridge": ("opd.py", [f"{out}/teacher_rl", f"{out}/bridge_warmup"]), "bridge_grpo": ("grpo.py", [f"{out}/bridge"])}  # fmt: skip
+              "bridge": ("opd.py", [f"{out}/teacher_rl", f"{out}/bridge_warmup"]),
+              "bridge_grpo": ("grpo.py", [f"{out}/bridge"])}  # fmt: skip
     for name, (script, paths) in models.items():
         command = by_stage[name]
         assert command[0] == script
         flags = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
         assert [flag(command, f) for f in flags] == paths
         assert flag(command, "--train-data") == f"{out}/data/{'heldout' if name == 'bridge_grpo' else 'train'}.jsonl"
-        assert ("--learning-rate" in command) == (script == "opd.py") and ("--max-steps" in command) == (name == "bridge_grpo")
+        assert ("--learning-rate" in command) == (script == "opd.py") and ("--max-steps" in command) == (
+            name == "bridge_grpo"
+        )
     assert set(evaluated(fake)) == {"base", "teacher_base", *TRAINED}
 
 
@@ -203,7 +217,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems)
     bridge.main(real(tmp_path, problems))
     fake.commands = []
     for changes in ({"seed": 2}, {"teacher": "bigger"}, {"opd_flags": "--max-steps 3"}, {"eval_flags": "--samples 2"}):
-        with pytest.raises(UsageError, match="finished with other settings.*delete it or choose another --out"):
+        with pytest.raises(UsageError, match="delete it,? or choose another --out"):
             bridge.main(real(tmp_path, problems, **changes))
     assert fake.commands == []
 
@@ -211,7 +225,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems)
 def test_a_stage_older_than_what_it_was_made_from_is_refused(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     (tmp_path / "run" / "bridge_warmup" / "run.json").unlink()
-    with pytest.raises(UsageError, match="run/bridge: older than what it was made from"):
+    with pytest.raises(UsageError, match="run/bridge: older than .*it was made from"):
         bridge.main(real(tmp_path, problems))
     assert stages(fake)[-1] == "bridge_warmup"
 
@@ -240,27 +254,21 @@ def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
             assert flag(command, "--benchmarks") == f"{out}/world/test.jsonl"
         else:
             assert flag(command, "--train-data") == f"{out}/world/{'heldout' if name == 'bridge_grpo' else 'train'}.jsonl"
-            assert flag(command, "--eval-data") == f"{out}/world/dev.jsonl", "nothing but eval_math.py sees the test problems"
+            assert flag(command, "--eval-data") == f"{out}/world/dev.jsonl", (
+                "nothing but eval_math.py sees the test problems"
+            )
         if command[0] == "opd.py":
             assert command[-2:] == ["--max-steps", "2"], "the command line has the last word"
 
 
 def test_another_embedded_world_in_the_same_folder_is_refused(tmp_path, fake):
     bridge.main(bridge.Args(out=str(tmp_path / "demo")))
-    with pytest.raises(UsageError, match="world: finished with other settings"):
+    with pytest.raises(UsageError, match="world: .*choose another --out"):
         bridge.main(bridge.Args(out=str(tmp_path / "demo"), toy_flags="--arch llama"))
 
 
 def test_the_embedded_settings_are_flags_that_the_scripts_know(tmp_path, fake):
     """The fakes take anything; the scripts' own parsers do not."""
-    import tyro
-
-    import eval_math
-    import fkl_warmup
-    import grpo
-    import opd
-    import toy
-
     bridge.main(bridge.Args(out=str(tmp_path / "demo")))
     parsers = {"grpo.py": grpo, "opd.py": opd, "fkl_warmup.py": fkl_warmup, "eval_math.py": eval_math, "toy.py": toy}
     assert {command[0] for command in fake.commands} == set(parsers)

@@ -49,7 +49,9 @@ def test_duplicates_are_dropped_and_order_kept(tmp_path):
 
 
 def test_problems_without_answers_are_for_dense_stages_only(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "a"}, {"problem": "b", "answer": "2"}, {"problem": "c", "answer": None}])
+    path = write_jsonl(
+        tmp_path / "d.jsonl", [{"problem": "a"}, {"problem": "b", "answer": "2"}, {"problem": "c", "answer": None}]
+    )
     assert [p.text for p in load_problems(path, "--train-data", False)] == ["a", "b", "c"]
     assert [p.text for p in load_problems(path, "--train-data", True)] == ["b"]
     assert "2 problems without an answer left out" in capsys.readouterr().out
@@ -85,6 +87,7 @@ def hub(monkeypatch):
         return [{"problem": "x", "answer": "1"}]
 
     module = types.SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=lambda name: configs[name])
+    module.config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return calls
 
@@ -152,7 +155,9 @@ def test_long_prompts_are_dropped_for_both_and_counted(capsys):
     kept, [a, b] = render_prompts([short, long], problems, "", [False, False], 10, "--train-data")
     assert kept == problems[:2] and [len(p) for p in a] == [4, 6] and [len(p) for p in b] == [8, 10]
     assert "--train-data: 1 of 3 problems dropped, longer than --max-prompt-tokens 10" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"--train-data: all 3 prompts are longer than --max-prompt-tokens 7 \(shortest 8\)"):
+    with pytest.raises(
+        UsageError, match=r"--train-data: all 3 prompts are longer than --max-prompt-tokens 7 \(shortest 8\)"
+    ):
         render_prompts([short, long], problems, "", [False, False], 7, "--train-data")
 
 
@@ -187,15 +192,12 @@ def test_response_hidden_predicts_the_response_tokens(arch, tied):
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, request):
-    return {}
-
-
 @pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
 def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grader, script):
     fake_grader(lambda answer, j: float(j % 2))
-    models = {"model": checkpoints.student} if script == "grpo" else {"teacher": checkpoints.wide, "student": checkpoints.student}
+    models = (
+        {"model": checkpoints.student} if script == "grpo" else {"teacher": checkpoints.wide, "student": checkpoints.student}
+    )
     sizes = {"grpo": {"prompts_per_step": 4, "minibatch_prompts": 4, "group_size": 2}, "opd": {"prompts_per_step": 4},
              "fkl_warmup": {"rollouts_per_step": 4}}[script]  # fmt: skip
     run = run_script(script, **models, **sizes, train_data=data, max_response_tokens=8, max_steps=2)
@@ -206,7 +208,16 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
     assert [row["step"] for row in run.metrics] == [1, 2]
     assert (run.out / f"{script}.py").read_text() == (ROOT / f"{script}.py").read_text()
     record = run.record
-    assert set(record) == {"finished", "command", "args", "git_revision", "packages", "hardware", "wall_time_s", "labels_used"}
+    assert set(record) == {
+        "finished",
+        "command",
+        "args",
+        "git_revision",
+        "packages",
+        "hardware",
+        "wall_time_s",
+        "labels_used",
+    }
     assert record["finished"] is True and record["command"] == f"python {script}.py --as-typed"
     assert record["args"]["train_data"] == data and record["args"]["max_steps"] == 2 and record["args"]["seed"] == 1
     assert record["packages"]["torch"] == torch.__version__.split("+")[0] or record["packages"]["torch"] == torch.__version__
@@ -272,8 +283,15 @@ def test_the_last_steps_weights_are_saved(run_script, checkpoints, data):
 
 
 def test_metrics_are_one_object_a_step(run_script, checkpoints, data):
-    run = run_script("opd", teacher=checkpoints.wide, student=checkpoints.student, train_data=data, prompts_per_step=6,
-                     max_response_tokens=4, epochs=2)
+    run = run_script(
+        "opd",
+        teacher=checkpoints.wide,
+        student=checkpoints.student,
+        train_data=data,
+        prompts_per_step=6,
+        max_response_tokens=4,
+        epochs=2,
+    )
     rows = read_jsonl(run.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and len({frozenset(row) for row in rows}) == 1
 
@@ -282,5 +300,11 @@ def test_optional_loggers_name_the_install_command(run_script, checkpoints, data
     for flag, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UsageError, match=f"--{flag} needs a package: pip install {flag}"):
-            run_script("opd", teacher=checkpoints.wide, student=checkpoints.student, train_data=data, prompts_per_step=4,
-                       **{flag: True})
+            run_script(
+                "opd",
+                teacher=checkpoints.wide,
+                student=checkpoints.student,
+                train_data=data,
+                prompts_per_step=4,
+                **{flag: True},
+            )

@@ -59,8 +59,16 @@ def test_every_generation_is_written(measure, data):
 
 def test_accuracy_is_that_of_the_real_grader(run_script, world):
     """Rewards equal the last box compared with the answer, on the toy's digits."""
-    run = run_script("eval_math", model=str(world / "teacher_base"), benchmarks=(str(world / "test.jsonl"),), samples=8,
-                     temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=40)
+    run = run_script(
+        "eval_math",
+        model=str(world / "teacher_base"),
+        benchmarks=(str(world / "test.jsonl"),),
+        samples=8,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_response_tokens=40,
+    )
     rows = read_jsonl(run.out / "test" / "generations.jsonl")
     for row in rows:
         box = row["response"].rpartition("\\boxed{")[2]

@@ -117,8 +117,9 @@ def test_eval_math(smollm2, problems, tmp_path):
 
 def test_grpo(smollm2, problems, tmp_path):
     """Six correct answers in 48 tokens are not to be expected, so the KL to the reference is what trains for sure."""
-    command("grpo.py", "--model", smollm2, "--train-data", problems["gsm8k"], "--prompts-per-step", 4, "--minibatch-prompts", 2,
-            "--group-size", 2, "--kl-coef", 0.1, "--learning-rate", 1e-5, "--out", tmp_path / "run", *SHORT)  # fmt: skip
+    command("grpo.py", "--model", smollm2, "--train-data", problems["gsm8k"], "--prompts-per-step", 4,
+            "--minibatch-prompts", 2, "--group-size", 2, "--kl-coef", 0.1, "--learning-rate", 1e-5,
+            "--out", tmp_path / "run", *SHORT)  # fmt: skip
     rows = check_run(tmp_path / "run", 2)
     assert rows[0]["debug/sampler_logprob_diff_max"] < 1e-2 and rows[1]["losses/ref_kl"] > 0
     assert rows[0]["charts/labels_used"] == 4 and rows[1]["charts/labels_used"] == 6
@@ -127,7 +128,8 @@ def test_grpo(smollm2, problems, tmp_path):
 def test_fkl_warmup(smollm2, problems, tmp_path):
     """A student that equals its teacher starts at 0; cross-entropy on the same rollouts moves it."""
     command("fkl_warmup.py", "--teacher", smollm2, "--student", smollm2, "--train-data", problems["gsm8k"],
-            "--rollouts-per-step", 4, "--loss", "ce", "--learning-rate", 1e-5, "--out", tmp_path / "run", *SHORT)  # fmt: skip
+            "--rollouts-per-step", 4, "--loss", "ce",
+            "--learning-rate", 1e-5, "--out", tmp_path / "run", *SHORT)  # fmt: skip
     rows = check_run(tmp_path / "run", 2)
     assert abs(rows[0]["losses/forward_kl"]) < 1e-5 < rows[1]["losses/forward_kl"]
     before, after = weights(smollm2), weights(tmp_path / "run")
@@ -135,8 +137,8 @@ def test_fkl_warmup(smollm2, problems, tmp_path):
 
 
 def test_opd(smollm2, problems, tmp_path):
-    command("opd.py", "--teacher", smollm2, "--student", smollm2, "--train-data", problems["gsm8k"], "--prompts-per-step", 4,
-            "--out", tmp_path / "run", *SHORT)  # fmt: skip
+    command("opd.py", "--teacher", smollm2, "--student", smollm2, "--train-data", problems["gsm8k"],
+            "--prompts-per-step", 4, "--out", tmp_path / "run", *SHORT)  # fmt: skip
     rows = check_run(tmp_path / "run", 2)
     assert abs(rows[0]["losses/reverse_kl"]) < 1e-5 and rows[0]["losses/grad_norm"] < 1e-2
     assert rows[0]["debug/sampler_logprob_diff_max"] < 1e-2

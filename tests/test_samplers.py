@@ -104,7 +104,9 @@ def test_every_eos_of_the_generation_config_ends_a_response():
 def test_batching_keeps_order_and_changes_no_greedy_response(monkeypatch, batch_tokens):
     model, sampler = make(dtype=torch.float64, temperature=0, batch_tokens=batch_tokens)
     sizes, sample_batch = [], sampler._sample_batch
-    monkeypatch.setattr(sampler, "_sample_batch", lambda prompts, n, bar: sizes.append(len(prompts)) or sample_batch(prompts, n, bar))
+    monkeypatch.setattr(
+        sampler, "_sample_batch", lambda prompts, n, bar: sizes.append(len(prompts)) or sample_batch(prompts, n, bar)
+    )
     together = sampler.sample(PROMPTS, 2)
     assert (len(sizes) == 6) == (batch_tokens == 1) and (len(sizes) == 1) == (batch_tokens == 10**6)
     for k, response in enumerate(together):
@@ -158,13 +160,29 @@ def test_growing_layer_equals_dynamic_layer(n):
         for one in zip(*[layer.update(*new) for layer in layers], strict=True):
             assert torch.equal(*one)
         if step == 0:
-            [layer.batch_repeat_interleave(n) for layer in layers]
+            for layer in layers:
+                layer.batch_repeat_interleave(n)
             rows *= n
         if step in (20, 21, 90):
             keep = torch.arange(rows)[torch.arange(rows) != step % rows]
-            [layer.batch_select_indices(keep) for layer in layers]
+            for layer in layers:
+                layer.batch_select_indices(keep)
             rows -= 1
         assert layers[0].get_seq_length() == layers[1].get_seq_length() == 5 + step
+
+
+def test_growing_layer_notices_rows_chosen_back_to_their_first_number():
+    """Two prompts, two responses each, and the first prompt's both end at once: two rows again, but not the same two."""
+    torch.manual_seed(0)
+    layers = [GrowingLayer(), DynamicLayer()]
+    for length in (5, 1, 1):
+        new = torch.randn(2, 2, 2, length, 8)
+        for one in zip(*[layer.update(*new) for layer in layers], strict=True):
+            assert torch.equal(*one)
+        if length == 5:
+            for layer in layers:
+                layer.batch_repeat_interleave(2)
+                layer.batch_select_indices(torch.tensor([2, 3]))
 
 
 def test_growing_layer_is_what_the_sampler_uses(monkeypatch):

@@ -49,8 +49,15 @@ def model_at(folder, params):
 
 
 # --------------------------------------------------------------------------------------------------------------- GRPO
-GRPO = dict(prompts_per_step=10, minibatch_prompts=5, group_size=4, max_response_tokens=20, max_steps=1, dtype="float64",
-            learning_rate=0.02)
+GRPO = dict(
+    prompts_per_step=10,
+    minibatch_prompts=5,
+    group_size=4,
+    max_response_tokens=20,
+    max_steps=1,
+    dtype="float64",
+    learning_rate=0.02,
+)
 
 
 def naive_grpo(folder, rollout, rewards, args, updates, minibatch_prompts):
@@ -94,17 +101,23 @@ def naive_grpo(folder, rollout, rewards, args, updates, minibatch_prompts):
 
 def rewards_of(rule, data, rollout, tokenizer):
     """The rewards that the fake grader gave, in the order of the rollout."""
-    answers = {tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)}
+    answers = {
+        tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)
+    }
     prompts, n, _ = rollout
     return [rule(answers[tuple(prompt)], j) for prompt in prompts for j in range(n)]
 
 
-@pytest.mark.parametrize("flags", [
-    {},
-    {"kl_coef": 0.3, "temperature": 0.7},
-    {"std_normalization": False, "overlong_filtering": True},
-    {"dual_clip": 1.05},
-], ids=["default", "kl_temperature", "no_std_overlong", "dual_clip"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"kl_coef": 0.3, "temperature": 0.7},
+        {"std_normalization": False, "overlong_filtering": True},
+        {"dual_clip": 1.05},
+    ],
+    ids=["default", "kl_temperature", "no_std_overlong", "dual_clip"],
+)
 def test_grpo_gradients_equal_the_formula(run_script, fake_grader, checkpoints, data, flags):
     """Two minibatches: at ratio 1, and behind an update. Groups with equal rewards are left out by the script, not here."""
     fake_grader(mixed_rule)
@@ -137,9 +150,18 @@ def test_grpo_gradients_do_not_depend_on_the_micro_batches(run_script, fake_grad
 
 
 def test_grpo_learns_from_the_real_grader(run_script, world):
-    run = run_script("grpo", model=str(world / "teacher_base"), train_data=str(world / "train.jsonl"), prompts_per_step=10,
-                     minibatch_prompts=10, group_size=8, max_response_tokens=24, max_steps=2,
-                     eval_data=str(world / "test.jsonl"), eval_every=1)
+    run = run_script(
+        "grpo",
+        model=str(world / "teacher_base"),
+        train_data=str(world / "train.jsonl"),
+        prompts_per_step=10,
+        minibatch_prompts=10,
+        group_size=8,
+        max_response_tokens=24,
+        max_steps=2,
+        eval_data=str(world / "test.jsonl"),
+        eval_every=1,
+    )
     assert [row["step"] for row in run.metrics] == [0, 1, 2]
     assert 0 < run.metrics[1]["charts/reward"] < 1 and run.metrics[1]["losses/grad_norm"] > 0
     assert all(0 <= row["eval/accuracy"] <= 1 for row in run.metrics)
@@ -159,8 +181,18 @@ def assert_unchanged(out, folder):
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_grpo_step_with_equal_rewards_changes_nothing(run_script, fake_grader, checkpoints, data, flags, reward):
     fake_grader(lambda answer, j: reward)
-    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=4, minibatch_prompts=2,
-                     group_size=2, max_response_tokens=8, max_steps=2, learning_rate=0.1, **flags)
+    run = run_script(
+        "grpo",
+        model=checkpoints.student,
+        train_data=data,
+        prompts_per_step=4,
+        minibatch_prompts=2,
+        group_size=2,
+        max_response_tokens=8,
+        max_steps=2,
+        learning_rate=0.1,
+        **flags,
+    )
     assert_unchanged(run.out, checkpoints.student)
     assert len(run.metrics) == 2 and run.updates == []
     for row in run.metrics:
@@ -170,18 +202,40 @@ def test_grpo_step_with_equal_rewards_changes_nothing(run_script, fake_grader, c
 
 def test_grpo_overlong_filtering_of_every_response_changes_nothing(run_script, fake_grader, checkpoints, data):
     fake_grader(mixed_rule)
-    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=4, minibatch_prompts=4, group_size=4,
-                     max_response_tokens=1, max_steps=1, overlong_filtering=True, seed=2, learning_rate=0.1)
+    run = run_script(
+        "grpo",
+        model=checkpoints.student,
+        train_data=data,
+        prompts_per_step=4,
+        minibatch_prompts=4,
+        group_size=4,
+        max_response_tokens=1,
+        max_steps=1,
+        overlong_filtering=True,
+        seed=2,
+        learning_rate=0.1,
+    )
     assert all(r.truncated for r in run.samples[0][2])
     assert_unchanged(run.out, checkpoints.student)
 
 
 def test_grpo_dynamic_sampling_replaces_groups_with_equal_rewards(run_script, fake_grader, checkpoints, data):
     fake_grader(mixed_rule)
-    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=6, minibatch_prompts=6, group_size=4,
-                     max_response_tokens=8, max_steps=1, dynamic_sampling=3)
+    run = run_script(
+        "grpo",
+        model=checkpoints.student,
+        train_data=data,
+        prompts_per_step=6,
+        minibatch_prompts=6,
+        group_size=4,
+        max_response_tokens=8,
+        max_steps=1,
+        dynamic_sampling=3,
+    )
     tokenizer = toy.make_tokenizer()
-    answers = {tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)}
+    answers = {
+        tuple(common.render_prompt(tokenizer, p, "", False)): p.answer for p in common.load_problems(data, "--x", True)
+    }
     first_draw = [answers[tuple(prompt)] for prompt in run.samples[0][0]]
     assert any(a not in MIXED for a in first_draw) and len(run.samples) == 2, "the seed should need one more draw"
     trained = [answers[tuple(prompt)] for prompts, _ in run.passes for prompt in prompts]
@@ -194,15 +248,31 @@ def test_grpo_dynamic_sampling_replaces_groups_with_equal_rewards(run_script, fa
 
 def test_grpo_counts_distinct_labels(run_script, fake_grader, checkpoints, data):
     fake_grader(mixed_rule)
-    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=8, minibatch_prompts=4, group_size=2,
-                     max_response_tokens=4, max_steps=3)
+    run = run_script(
+        "grpo",
+        model=checkpoints.student,
+        train_data=data,
+        prompts_per_step=8,
+        minibatch_prompts=4,
+        group_size=2,
+        max_response_tokens=4,
+        max_steps=3,
+    )
     assert [row["charts/labels_used"] for row in run.metrics] == [8, 12, 12] and run.record["labels_used"] == 12
 
 
 def test_grpo_epochs_see_every_problem_equally_often(run_script, fake_grader, checkpoints, data):
     fake_grader(mixed_rule)
-    run = run_script("grpo", model=checkpoints.student, train_data=data, prompts_per_step=6, minibatch_prompts=6, group_size=2,
-                     max_response_tokens=2, epochs=2)
+    run = run_script(
+        "grpo",
+        model=checkpoints.student,
+        train_data=data,
+        prompts_per_step=6,
+        minibatch_prompts=6,
+        group_size=2,
+        max_response_tokens=2,
+        epochs=2,
+    )
     seen = Counter(tuple(prompt) for prompts, _, _ in run.samples for prompt in prompts)
     assert len(run.metrics) == 4 and set(seen.values()) == {2} and len(seen) == 12
 
@@ -241,12 +311,21 @@ OPD = dict(prompts_per_step=10, max_response_tokens=20, max_steps=1, dtype="floa
 
 
 @pytest.mark.parametrize("teacher", ["wide", "narrow", "llama"])
-@pytest.mark.parametrize("loss, temperature", [("reverse_kl", 1.0), ("reverse_kl", 0.7), ("forward_kl", 0.7), ("jsd", 0.7),
-                                               ("sampled", 0.7)])
+@pytest.mark.parametrize(
+    "loss, temperature", [("reverse_kl", 1.0), ("reverse_kl", 0.7), ("forward_kl", 0.7), ("jsd", 0.7), ("sampled", 0.7)]
+)
 def test_opd_gradient_equals_the_formula(run_script, checkpoints, data, teacher, loss, temperature):
     folder = getattr(checkpoints, teacher)
-    run = run_script("opd", teacher=folder, student=checkpoints.student, train_data=data, loss=loss, temperature=temperature,
-                     jsd_beta=0.3, **OPD)
+    run = run_script(
+        "opd",
+        teacher=folder,
+        student=checkpoints.student,
+        train_data=data,
+        loss=loss,
+        temperature=temperature,
+        jsd_beta=0.3,
+        **OPD,
+    )
     [rollout], [(params, actual)] = run.samples, run.updates
     student, rows = model_at(checkpoints.student, params), []
     for log_ps, log_pt, ids in naive_divergences(student, load(folder), rollout, rollout[0], temperature):
@@ -276,8 +355,9 @@ def test_opd_gradient_does_not_depend_on_the_micro_batches(run_script, checkpoin
 
 def test_opd_with_the_student_as_its_own_teacher_starts_at_zero(run_script, checkpoints, data):
     for folder in (checkpoints.student, checkpoints.narrow):  # logits cached, hidden states cached
-        run = run_script("opd", teacher=folder, student=folder, train_data=data, prompts_per_step=10, max_response_tokens=20,
-                         max_steps=1)
+        run = run_script(
+            "opd", teacher=folder, student=folder, train_data=data, prompts_per_step=10, max_response_tokens=20, max_steps=1
+        )
         row = run.metrics[0]
         assert abs(row["losses/reverse_kl"]) < 1e-5 and abs(row["losses/forward_kl"]) < 1e-5
         assert row["losses/grad_norm"] < 1e-4
@@ -305,8 +385,15 @@ WARMUP = dict(rollouts_per_prompt=2, rollouts_per_step=24, max_response_tokens=2
 
 @pytest.mark.parametrize("loss, temperature", [("forward_kl", 1.0), ("forward_kl", 0.7), ("ce", 1.0), ("ce", 0.7)])
 def test_warmup_gradient_equals_the_formula(run_script, checkpoints, data, loss, temperature):
-    run = run_script("fkl_warmup", teacher=checkpoints.wide, student=checkpoints.student, train_data=data, loss=loss,
-                     temperature=temperature, **WARMUP)
+    run = run_script(
+        "fkl_warmup",
+        teacher=checkpoints.wide,
+        student=checkpoints.student,
+        train_data=data,
+        loss=loss,
+        temperature=temperature,
+        **WARMUP,
+    )
     [(prompts, n, responses)], [(params, actual)] = run.samples, run.updates
     rollout = [prompt for prompt in prompts for _ in range(n)], 1, responses
     student, teacher, rows = model_at(checkpoints.student, params), load(checkpoints.wide), []
@@ -347,8 +434,15 @@ def test_warmup_reuses_saved_rollouts(run_script, checkpoints, data):
 
 
 def test_warmup_of_a_student_that_equals_the_teacher_starts_at_zero(run_script, checkpoints, data):
-    run = run_script("fkl_warmup", teacher=checkpoints.student, student=checkpoints.student, train_data=data,
-                     rollouts_per_step=12, max_response_tokens=20, max_steps=1)
+    run = run_script(
+        "fkl_warmup",
+        teacher=checkpoints.student,
+        student=checkpoints.student,
+        train_data=data,
+        rollouts_per_step=12,
+        max_response_tokens=20,
+        max_steps=1,
+    )
     assert abs(run.metrics[0]["losses/forward_kl"]) < 1e-5 and run.metrics[0]["losses/grad_norm"] < 1e-4
 
 
@@ -359,12 +453,21 @@ def assert_equal_checkpoints(a: Path, b: Path):
 
 def small_run(script, world):
     """Arguments of a run of three steps on the toy's models, with the real grader."""
-    models = {"model": str(world / "student_base")} if script == "grpo" else {
-        "teacher": str(world / "teacher_base"), "student": str(world / "student_base")}
-    own = {"grpo": {"prompts_per_step": 16, "minibatch_prompts": 8, "group_size": 8, "grader": "boxed"},
-           "fkl_warmup": {"rollouts_per_step": 8}, "opd": {"prompts_per_step": 8}}[script]
-    return models | own | {"train_data": str(world / "train.jsonl"), "max_response_tokens": 16, "max_steps": 3,
-                           "learning_rate": 1e-3}
+    models = (
+        {"model": str(world / "student_base")}
+        if script == "grpo"
+        else {"teacher": str(world / "teacher_base"), "student": str(world / "student_base")}
+    )
+    own = {
+        "grpo": {"prompts_per_step": 16, "minibatch_prompts": 8, "group_size": 8, "grader": "boxed"},
+        "fkl_warmup": {"rollouts_per_step": 8},
+        "opd": {"prompts_per_step": 8},
+    }[script]
+    return (
+        models
+        | own
+        | {"train_data": str(world / "train.jsonl"), "max_response_tokens": 16, "max_steps": 3, "learning_rate": 1e-3}
+    )
 
 
 @pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
