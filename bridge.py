@@ -75,8 +75,8 @@ def toy_settings(args: Args) -> None:
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --max-steps 60 {args.warmup_flags}"
-    args.opd_flags = f"{distil} --prompts-per-step 64 --max-steps 200 {args.opd_flags}"
+    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --max-steps 100 {args.warmup_flags}"
+    args.opd_flags = f"{distil} --prompts-per-step 64 --max-steps 300 {args.opd_flags}"
     args.eval_flags = (
         f'--instruction "" --max-response-tokens 64 --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}'
     )
