@@ -90,7 +90,7 @@ class Args:
     """width of the student"""
     student_layers: int = 2
     """depth of the student"""
-    student_steps: int = 260
+    student_steps: int = 300
     """pretraining steps of the student"""
     batch_size: int = 128
     """demonstrations in a step, half of them chains (reweighted: see `pretrain`)"""
