@@ -90,8 +90,11 @@ class Args:
     """width of the student"""
     student_layers: int = 2
     """depth of the student"""
-    student_steps: int = 300
-    """pretraining steps of the student"""
+    student_steps: int = 700
+    """most pretraining steps of the student"""
+    student_skill: float = 0.8
+    """the student's pretraining stops at this mean probability of the demonstrated results (0.9 is the most, given the
+    slips): steps alone would leave it anywhere between hopeless and as good as the teacher, depending on the seed"""
     batch_size: int = 128
     """demonstrations in a step, half of them chains (reweighted: see `pretrain`)"""
     learning_rate: float = 4e-3
@@ -169,6 +172,7 @@ def pretrain(model, args, role, rng):
         groups.append((rows, weight))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, steps // 20)
+    skill, stop_at = 0.0, args.student_skill if role == "student" else 1.0
     for step in range(steps):
         denominator = sum(weight[step].sum() for _, weight in groups)
         loss = 0.0
@@ -176,14 +180,19 @@ def pretrain(model, args, role, rng):
             logits = model(rows[step, :, :-1], use_cache=False).logits  # (B/2, W-1, V); causal, so no mask
             token_loss = F.cross_entropy(logits.flatten(0, 1), rows[step, :, 1:].flatten(), reduction="none")
             loss = loss + (token_loss * weight[step].flatten()).sum() / denominator
+            if rows is groups[0][0]:  # chains: the probability of each result, seen for the first time
+                results = rows[step, :, :-1].flatten() == ID["="]
+                skill = 0.9 * skill + 0.1 * (-token_loss.detach()[results]).exp().mean().item()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))  # linear up, then linear to zero
         optimizer.param_groups[0]["lr"] = scale * args.learning_rate
         optimizer.step()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            print(f"{role} step {step + 1}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % 50 == 0 or step + 1 == steps or skill >= stop_at:
+            print(f"{role} step {step + 1}/{steps}  skill {skill:.3f}  {time.time() - start:.0f} s", flush=True)
+        if skill >= stop_at:
+            break
 
 
 @torch.no_grad()
