@@ -71,12 +71,12 @@ def toy_settings(args: Args) -> None:
     args.teacher, args.student, args.benchmarks = f"{world}/teacher_base", f"{world}/student_base", (f"{world}/test.jsonl",)
     shared = f'--instruction "" --max-response-tokens 64 --eval-data {shlex.quote(world)}/dev.jsonl'
     grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 2048 --eval-every 10"
-    distil = f"{shared} --learning-rate 7e-4 --micro-batch-tokens 2048 --eval-every 20"
+    distil = f"{shared} --learning-rate 7e-4 --micro-batch-tokens 2048"
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --max-steps 100 {args.warmup_flags}"
-    args.opd_flags = f"{distil} --prompts-per-step 64 --max-steps 300 {args.opd_flags}"
+    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20 --max-steps 100 {args.warmup_flags}"
+    args.opd_flags = f"{distil} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
     args.eval_flags = (
         f'--instruction "" --max-response-tokens 64 --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}'
     )
