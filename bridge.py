@@ -66,7 +66,7 @@ class Args:
 
 def toy_settings(args: Args) -> None:
     """The embedded world's settings, chosen on its dev split (docs/bridge.md); flags of the command line come last."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # its matrices are too small to share between threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
     world = f"{args.out}/world"
     args.teacher, args.student, args.benchmarks = f"{world}/teacher_base", f"{world}/student_base", (f"{world}/test.jsonl",)
     shared = f'--instruction "" --max-response-tokens 64 --eval-data {shlex.quote(world)}/dev.jsonl'
@@ -75,7 +75,8 @@ def toy_settings(args: Args) -> None:
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20 --max-steps 100 {args.warmup_flags}"
+    warmup = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
+    args.warmup_flags = f"{warmup} --max-steps 100 {args.warmup_flags}"
     args.opd_flags = f"{distil} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
     args.eval_flags = (
         f'--instruction "" --max-response-tokens 64 --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}'
