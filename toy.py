@@ -98,7 +98,7 @@ class Args:
     batch_size: int = 128
     """demonstrations in a step, half of them chains (reweighted: see `pretrain`)"""
     learning_rate: float = 4e-3
-    """peak learning rate of both optimizers"""
+    """peak learning rate"""
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
