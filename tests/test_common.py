@@ -1,6 +1,8 @@
 """Problems, prompts, micro-batches, run folders and checkpoints."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load, random_model, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import common
 import toy
@@ -308,3 +311,13 @@ def test_optional_loggers_name_the_install_command(run_script, checkpoints, data
                 prompts_per_step=4,
                 **{flag: True},
             )
+
+
+def test_hugging_faces_kernels_package_beside_ours_breaks_nothing(tmp_path):
+    installed = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    code = "import common, transformers; assert not transformers.utils.is_kernels_available(); transformers.Qwen3ForCausalLM"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
