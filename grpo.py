@@ -188,12 +188,13 @@ def main(args: Args) -> None:
 
         # ---- which rows train: equal rewards give advantage 0 and so exactly no gradient; leaving such rows out saves
         # their passes and changes nothing, as the denominator still counts their tokens
+        trains = (advantages != 0).tolist()
         minibatches = []  # (rows that train, tokens of all rows): the loss's one denominator per optimizer step
         for start in range(0, len(responses), args.minibatch_prompts * G):
             rows = range(start, min(start + args.minibatch_prompts * G, len(responses)))
             rows = [k for k in rows if not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
-            minibatches.append(([k for k in rows if advantages[k] != 0 or args.kl_coef], tokens))
+            minibatches.append(([k for k in rows if trains[k] or args.kl_coef], tokens))
         lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
 
         # ---- score: the trainer's own log-probabilities under the policy that sampled. The first update yields its own
