@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach grader and sampler through here)
 from kernels import head_weight  # noqa: E402
-from samplers import HFSampler, Response, autocast  # noqa: E402, F401
+from samplers import HFSampler, autocast  # noqa: E402, F401
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
@@ -315,6 +316,16 @@ def evaluate(sampler, tokenizer, prompts, answers, grader) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------- run folder
+def make_out(out: str | Path) -> Path:
+    """The output folder, made if need be. Raises UsageError where nothing can be written."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
+    return Path(out)
+
+
 def finished(out: str | Path) -> dict | None:
     """run.json of a finished run in folder `out`, else None."""
     path = Path(out) / "run.json"
@@ -332,12 +343,8 @@ class Run:
 
     def __init__(self, args, total_steps: int):
         require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
-        self.out, self.start = Path(args.out), time.time()
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(sys.argv[0], self.out)
-        except OSError as error:
-            raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from None
+        self.out, self.start = make_out(args.out), time.time()
+        shutil.copy(sys.argv[0], self.out)
         self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
         self.record = {
             "finished": False,

@@ -136,11 +136,7 @@ def main(args: Args) -> None:
         benchmarks[common.benchmark_name(name)] = common.load_problems(
             HUB.get(name, name), "--benchmarks", need_answers=True
         )[: args.limit]
-    out = Path(args.out or Path("results") / Path(args.model).name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise common.UsageError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
+    out = common.make_out(args.out or Path("results") / Path(args.model).name)
     tokenizer = common.load_tokenizer(args.model, "--model")
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.model, "--model", device, dtype, trainable=False)
