@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoint
 import common
 from common import require
 
@@ -62,6 +63,8 @@ class Args:
     """more flags for toy.py"""
     seed: int = 1
     """seed of every stage"""
+    nproc: int = 1
+    """processes per stage, one per GPU: each stage runs under torchrun"""
 
 
 def toy_settings(args: Args) -> None:
@@ -83,25 +86,30 @@ def toy_settings(args: Args) -> None:
     )
 
 
-def execute(command: str, done: Path, inputs: list[str] = ()) -> None:
+def execute(command: str, done: Path, inputs: list[str] = (), nproc: int = 1) -> None:
     """Print and run one command; skip it when `done`, the file it writes last, says that it finished.
 
-    Raises UsageError if it finished with another command, or before one of the `inputs` (run folders) did."""
+    Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
     command = shlex.join(shlex.split(command))
     record = json.loads(done.read_text()) if done.exists() else {"finished": False}
-    if record.get("finished", True):
+    finished = record.get("finished", True)
+    made = done if finished else checkpoint.latest(done.parent)  # a stage that was stopped goes on from its checkpoint
+    if made:
         require(
             record["command"] == command, f"{done.parent}: holds `{record['command']}`; delete it, or choose another --out"
         )
-        newer = [i for i in inputs if (path := Path(i, "run.json")).exists() and path.stat().st_mtime > done.stat().st_mtime]
+        newer = [i for i in inputs if (path := Path(i, "run.json")).exists() and path.stat().st_mtime > made.stat().st_mtime]
         require(
             not newer, f"{done.parent}: older than {', '.join(newer)}, which it was made from; delete it to make it again"
         )
+    if finished:
         print(f"# finished before: {command}", flush=True)
         return
-    print(f"\n$ {command}", flush=True)
     script, *flags = shlex.split(command)[1:]
-    code = subprocess.run([sys.executable, str(Path(__file__).parent / script), *flags]).returncode
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
+    print(f"\n$ {shlex.join([*launcher, script, *flags])}", flush=True)
+    launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
+    code = subprocess.run([sys.executable, *launcher, str(Path(__file__).parent / script), *flags]).returncode
     if code:
         print(
             f"error: {script} ended with exit code {code}; the same bridge.py command continues from here", file=sys.stderr
@@ -158,8 +166,8 @@ def main(args: Args) -> None:
     for name in wanted:
         script, models, data, flags = stages[name]
         named = " ".join(f"{flag} {q(model)}" for flag, model in models.items())
-        command = f"python {script} {named} --train-data {q(data)} --out {q(out)}/{name} --seed {args.seed} {flags}"
-        execute(command, Path(out, name, "run.json"), list(models.values()))
+        command = f"python {script} {named} --train-data {q(data)} --out {q(out)}/{name} --seed {args.seed} --resume {flags}"
+        execute(command, Path(out, name, "run.json"), list(models.values()), args.nproc)
 
     # ---- measure the base models and the student of every stage
     results, names = {}, [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
@@ -170,7 +178,7 @@ def main(args: Args) -> None:
             f"--out {q(out)}/eval/{name} --seed {args.seed} {args.eval_flags}"
         )
         folder = Path(out, "eval", name)
-        execute(command, folder / names[-1] / "summary.json", [model])
+        execute(command, folder / names[-1] / "summary.json", [model], args.nproc)
         results[name] = {benchmark: json.loads((folder / benchmark / "summary.json").read_text()) for benchmark in names}
     report(args, arms, results)
 

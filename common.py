@@ -2,8 +2,11 @@
 """Plumbing that fails silently when two copies of it differ, so it lives here once: reading problems, rendering
 prompts, loading models, sampling, batching, evaluation, logging, checkpoints. The algorithms are in the scripts."""
 
+import contextlib
+import fcntl
 import functools
 import json
+import os
 import platform
 import random
 import re
@@ -29,6 +32,8 @@ from tqdm import tqdm
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+import checkpoint  # noqa: E402
+import parallel  # noqa: E402
 from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach grader and sampler through here)
 from kernels import head_weight  # noqa: E402
 from samplers import HFSampler, autocast  # noqa: E402, F401
@@ -41,16 +46,29 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---------------------------------------------------------------------------------------------- command line
 class UsageError(ValueError):
-    """Something the user typed cannot work. The message names the flag and the fix."""
+    """Something the user typed cannot work. The message names the flag and the fix. Exit code 2."""
+
+
+class RunStopped(RuntimeError):
+    """A run that ends before its last step for a reason that the message gives. Exit code 1."""
 
 
 def run(main, args_class) -> None:
-    """Parse the command line into `args_class` and call `main(args)`; a UsageError is one line and exit code 2."""
+    """Parse the command line into `args_class` and call `main(args)`; a UsageError or RunStopped is one line. Under
+    torchrun one rank's failure is reported once and ends all of them."""
+    parallel.setup()
+    quiet = contextlib.redirect_stderr(None) if parallel.rank() else contextlib.nullcontext()
+    with quiet:  # what is wrong with the command line is wrong on every rank
+        args = tyro.cli(args_class, description=sys.modules[main.__module__].__doc__)
     try:
-        main(tyro.cli(args_class, description=sys.modules[main.__module__].__doc__))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(args)
+    except (UsageError, RunStopped) as error:
+        parallel.report_failure(f"error: {error}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception:
+        parallel.exit_on_failure()
+        raise
+    parallel.barrier()  # no rank leaves while another still needs it
 
 
 def require(condition, message: str) -> None:
@@ -190,11 +208,19 @@ def render_prompts(tokenizers, problems, instruction, thinking, max_prompt_token
     return [problems[i] for i in keep], [[one[i] for i in keep] for one in rendered]
 
 
-def problem_stream(count: int, seed: int):
-    """Endless indices 0..count-1: one fresh permutation after another, so every epoch sees every problem once."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(count).tolist()
+class ProblemStream:
+    """Indices 0..count-1 without end, one fresh permutation after another, so that every epoch sees every problem once.
+    `position` is how many were taken; setting it continues a run."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.position = count, seed, 0
+
+    def take(self, k: int) -> list[int]:
+        epochs = range(self.position // self.count, (self.position + k - 1) // self.count + 1)
+        indices = np.concatenate([np.random.default_rng((self.seed, epoch)).permutation(self.count) for epoch in epochs])
+        start = self.position % self.count
+        self.position += k
+        return indices[start : start + k].tolist()
 
 
 def benchmark_name(spec: str) -> str:
@@ -205,7 +231,7 @@ def benchmark_name(spec: str) -> str:
 # ---------------------------------------------------------------------------------------------- models
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     """Device and compute dtype; "auto" is bfloat16 on CUDA and float32 on a CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, DTYPES[dtype]
@@ -241,19 +267,26 @@ def load_tokenizer(path: str, flag: str):
     return tokenizer
 
 
-def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool):
+def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard: bool = False):
     """Causal LM in eval mode (no dropout, whose noise would break the importance ratio). Trainable weights are float32
-    masters (float64 under --dtype float64); frozen ones are stored in the compute dtype."""
+    masters (float64 under --dtype float64); frozen ones are stored in the compute dtype. Sharded if there are ranks."""
+    master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True)
+
     try:
-        master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True).to(device).eval()
+        if parallel.world_size() == 1:
+            model = load().to(device)
+        else:
+            model = parallel.load_sharded(path, load, master, dtype, hybrid_shard)
     except (OSError, ValueError, SafetensorError) as error:
         raise explain_missing(flag, path, error) from None
     try:
         head_weight(model)
     except ValueError as error:
         raise UsageError(f"{flag} {path}: {error}; use a Qwen or Llama checkpoint") from None
-    return model.requires_grad_(trainable)
+    return model.eval().requires_grad_(trainable)
 
 
 def enable_gradient_checkpointing(model) -> None:
@@ -295,22 +328,38 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
 def response_hidden(model, prompts: list[list[int]], responses: list[list[int]]):
     """Final hidden states that predict the response tokens, packed row after row without padding.
 
-    Returns (hidden (N, H), ids (N,)) with N the sum of response lengths. Right padding needs no attention mask in a
-    causal model: no real token can see it."""
+    Returns (hidden (N, H), head (V, H), ids (N,)) with N the sum of response lengths, 0 for no rows; the head is whole
+    until the backward that follows, on a sharded model too. Right padding needs no attention mask in a causal model: no
+    real token can see it."""
+    if not prompts:  # a rank without rows of its own still enters the collectives of the others
+        hidden, head, _ = response_hidden(model, [[0]], [[0]])
+        return hidden[:0], head, torch.zeros(0, dtype=torch.long, device=hidden.device)
     B, T = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     input_ids, predicts = torch.zeros((B, T), dtype=torch.long), torch.zeros((B, T), dtype=torch.bool)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
-    hidden = model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
+    forward = getattr(model, "hooked_base_model", model.base_model)  # the former gathers a sharded model's weights
+    hidden = forward(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
     ids = torch.cat([torch.tensor(response) for response in responses]).to(model.device)
-    return hidden[predicts.to(model.device)], ids  # (N, H), (N,)
+    return hidden[predicts.to(model.device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)
 
 
-def evaluate(sampler, tokenizer, prompts, answers, grader) -> dict[str, float]:
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale the gradient to a norm of at most `max_norm`; returns the norm before, over all ranks' shards."""
+    return float(parallel.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+
+
+def grade(grader, tokenizer, responses, answers) -> list[float]:
+    """Rewards of the responses, 0 or 1 each, from the grader of rank 0."""
+    texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    return parallel.on_rank_zero(grader.grade, texts, answers)
+
+
+def evaluate(sampler, tokenizer, prompts, answers, grader, seed: tuple[int, ...]) -> dict[str, float]:
     """One response per problem with the training sampler: a learning curve, not a benchmark (that is eval_math.py)."""
-    responses = sampler.sample(prompts, 1)
-    rewards = grader.grade([tokenizer.decode(r.ids, skip_special_tokens=True) for r in responses], answers)
+    responses = sampler.sample(prompts, 1, seed)
+    rewards = grade(grader, tokenizer, responses, answers)
     lengths = [len(r.ids) for r in responses]
     return {"eval/accuracy": float(np.mean(rewards)), "eval/response_length": float(np.mean(lengths))}
 
@@ -335,16 +384,27 @@ def finished(out: str | Path) -> dict | None:
 
 def progress_bar(total: int, name: str, unit: str) -> tqdm:
     """A bar on a terminal; a line every so often in a log file."""
-    return tqdm(total=total, desc=name, unit=unit, delay=0.1, mininterval=0.5 if sys.stderr.isatty() else 20)
+    often = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(total=total, desc=name, unit=unit, delay=0.1, mininterval=often, disable=parallel.rank() > 0)
 
 
 class Run:
-    """The run folder: metrics.jsonl (one object a step), run.json, a copy of the script, and a progress bar."""
+    """The run folder: metrics.jsonl (one object a step), run.json, a copy of the script, checkpoints, a progress bar.
+    Rank 0 writes it; the other ranks keep the same books and write nothing."""
 
     def __init__(self, args, total_steps: int):
         require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
-        self.out, self.start = make_out(args.out), time.time()
-        shutil.copy(sys.argv[0], self.out)
+        self.args, self.out, self.start = args, make_out(args.out), time.time()
+        self.total_steps = total_steps
+        self.resumed_from = checkpoint.latest(self.out)
+        worth = [path for path in (self.resumed_from, *self.out.glob("rollouts*.jsonl")) if path]
+        require(
+            args.resume or not worth,
+            f"--out {args.out}: holds an unfinished run ({', '.join(path.name for path in worth)}); go on with it by "
+            f"--resume, or choose another folder",
+        )
+        if worth:
+            require_same_run(args, self.out)
         self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
         self.record = {
             "finished": False,
@@ -356,30 +416,63 @@ class Run:
                 "cpu": platform.processor() or platform.machine(),
                 "cpu_threads": torch.get_num_threads(),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "ranks": parallel.world_size(),
             },
         }
+        self.metrics = self.bar = self.tensorboard = self.wandb = None
+        parallel.barrier()  # every rank has looked at the folder before rank 0 writes to it
+        if parallel.rank():
+            return
+        self.lock = lock_folder(self.out)
+        shutil.copy(sys.argv[0], self.out)
         self._write_record()
-        self.metrics = (self.out / "metrics.jsonl").open("w")
+        kept = keep_metrics(self.out, checkpoint.step(self.resumed_from))
+        self.metrics = (self.out / "metrics.jsonl").open("a")
         self.bar = progress_bar(total_steps, self.out.name, "step")
-        self.tensorboard = self.wandb = None
-        if getattr(args, "tensorboard", False):
+        if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
-            self.tensorboard = SummaryWriter(self.out)
-        if getattr(args, "wandb", False):
+            self.tensorboard = SummaryWriter(self.out, purge_step=kept + 1)
+        if args.wandb:
             try:
                 import wandb
             except ImportError:
                 raise UsageError("--wandb needs a package: pip install wandb") from None
             self.wandb = wandb.init(project="sparse-to-dense", name=self.out.name, config=asdict(args))
 
+    def resume(self, model, optimizer, stream: ProblemStream) -> int:
+        """Load the newest checkpoint, if there is one, into all three. Returns its step, else 0."""
+        if not self.resumed_from:
+            return 0
+        state = checkpoint.restore(self.resumed_from, model, optimizer)
+        stream.position, self.labels = state["position"], set(state["labels"])
+        print(f"resumed from {self.resumed_from}")
+        return state["step"]
+
+    def checkpoint(self, step: int, model, optimizer, stream: ProblemStream) -> None:
+        """Every --save-every steps, except behind the last one: what `resume` needs. Raises RunStopped if the disk is
+        full."""
+        if not self.args.save_every or step % self.args.save_every or step == self.total_steps:
+            return
+        state = {"step": step, "position": stream.position, "labels": sorted(self.labels)}
+        try:
+            checkpoint.save(self.out, model, optimizer, state, self.args.keep_last)
+        except OSError as error:
+            whole, free = checkpoint.latest(self.out), shutil.disk_usage(self.out).free / 1e9
+            raise RunStopped(
+                f"--out {self.out}: {error} ({free:.1f} GB free there). "
+                + (f"{whole} is whole: make room, then run the same command with --resume" if whole else "Make room")
+            ) from None
+
     def _write_record(self):
         (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
 
     def log(self, step: int, metrics: dict[str, float], bar: str = "") -> None:
         """Append one object to metrics.jsonl. `bar` is the text behind the progress bar."""
+        if parallel.rank():
+            return
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
         if self.tensorboard:
@@ -391,11 +484,14 @@ class Run:
         self.bar.update(step - self.bar.n)
 
     def finish(self, model=None, tokenizer=None, dtype=None, **extra) -> None:
-        """Save the checkpoint (if a model is given), then mark run.json finished: the last write of a run."""
+        """Save the model (if one is given), then mark run.json finished: the last write of a run. Nothing is left to
+        resume, so the checkpoints go."""
+        if model is not None:
+            save_model(model, tokenizer, self.out, dtype)
+        if parallel.rank():
+            return
         self.bar.close()
         self.metrics.close()
-        if model is not None:
-            save_checkpoint(model, tokenizer, self.out, dtype)
         self.record |= {
             "finished": True,
             "wall_time_s": round(time.time() - self.start, 1),
@@ -403,12 +499,56 @@ class Run:
             **extra,
         }
         self._write_record()
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         print(f"wrote {self.out}/ in {self.record['wall_time_s']:.0f} s")
 
 
-def save_checkpoint(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
+def lock_folder(out: Path):
+    """An open file that keeps other processes out of `out` until this one ends. Raises UsageError if one is at work."""
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"--out {out}: another process is writing there; wait for it, stop it, or choose another") from None
+    return file
+
+
+def rank_zero_file(path: Path, lines: list[str]):
+    """`path` open for writing, holding `lines`; on the other ranks what is written goes nowhere."""
+    file = open(os.devnull if parallel.rank() else path, "w")
+    file.writelines(lines)
+    return file
+
+
+def require_same_run(args, out: Path) -> None:
+    """Raise UsageError if the run in `out` was started with another model, other data or another seed; print whatever
+    else is new."""
+    before, now = json.loads((out / "run.json").read_text())["args"], json.loads(json.dumps(asdict(args)))
+    changed = {name: f"--{name.replace('_', '-')} was {before.get(name)}, now {now[name]}" for name in now}
+    changed = {name: text for name, text in changed.items() if before.get(name) != now[name] and name != "resume"}
+    fixed = [changed[name] for name in ("model", "teacher", "student", "train_data", "rollouts", "seed") if name in changed]
+    require(not fixed, f"--resume: {'; '.join(fixed)}: repeat the flags of {out}, or choose another --out")
+    if changed:
+        print(f"--resume with changed flags: {'; '.join(changed.values())}")
+
+
+def keep_metrics(out: Path, last_step: int) -> int:
+    """Cut metrics.jsonl behind `last_step`, the step to go on from: later rows are of steps that run again."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    return last_step
+
+
+def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
     """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from."""
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = parallel.full_tensor(tensor)  # every rank takes part, rank 0 keeps it
+        if parallel.rank() == 0:
+            state[name] = whole.to(dtype).cpu()
+    if parallel.rank():
+        return
     if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
         state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(out, state_dict=state)

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 import common
+import parallel
 from common import require
 
 HUB = {
@@ -153,14 +154,14 @@ def main(args: Args) -> None:
             top_p=args.top_p,
             top_k=args.top_k,
             batch_tokens=args.rollout_batch_tokens,
-            seed=args.seed,
         )
         prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
         with common.progress_bar(len(prompts) * args.samples, name, "response") as bar:
-            responses = sampler.sample(prompts, args.samples, progress=bar)
-        texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+            responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)
         with common.Grader(args.grader) as grader:
-            rewards = grader.grade(texts, [p.answer for p in problems for _ in range(args.samples)])
+            rewards = common.grade(grader, tokenizer, responses, [p.answer for p in problems for _ in range(args.samples)])
+        if parallel.rank():
+            continue
         by_problem = np.array(rewards).reshape(-1, args.samples)  # (P, samples)
         powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < args.samples] + [args.samples]
         summary = {
@@ -179,7 +180,7 @@ def main(args: Args) -> None:
         }
         (out / name).mkdir(parents=True, exist_ok=True)
         with (out / name / "generations.jsonl").open("w") as file:
-            for k, (response, text, reward) in enumerate(zip(responses, texts, rewards, strict=True)):
+            for k, (response, reward) in enumerate(zip(responses, rewards, strict=True)):
                 problem = problems[k // args.samples]
                 file.write(
                     json.dumps(
@@ -190,7 +191,7 @@ def main(args: Args) -> None:
                             "reward": reward,
                             "length": len(response.ids),
                             "truncated": response.truncated,
-                            "response": text,
+                            "response": tokenizer.decode(response.ids, skip_special_tokens=True),
                         }
                     )
                     + "\n"

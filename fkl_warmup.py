@@ -13,14 +13,17 @@ rollouts, the SFT control. The authors released no warmup code: batch, learning 
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 import common
+import parallel
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+
+
+PROBLEMS_PER_PART = 1024  # sampled between two writes to rollouts.jsonl
 
 
 @dataclass
@@ -44,6 +47,14 @@ class Args:
     """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    save_every: int = 20
+    """write a checkpoint to resume from every so many steps; 0: never"""
+    keep_last: int = 1
+    """how many of them to keep; all go when the run finishes"""
+    resume: bool = False
+    """go on from the newest checkpoint in --out, or start if there is none"""
+    hybrid_shard: bool = False
+    """with several nodes: shard within each node and replicate across them, not over all ranks"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -98,7 +109,7 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "rollouts_per_prompt rollouts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
     common.require_positive(args, sizes)
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
@@ -138,10 +149,8 @@ def main(args: Args) -> None:
     run = common.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
-    model = common.load_model(args.student, "--student", device, dtype, trainable=True)
-    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False)
-    head = model.get_output_embeddings().weight  # (V, H)
-    teacher_head = teacher.get_output_embeddings().weight  # (V, Ht)
+    model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
+    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False, hybrid_shard=args.hybrid_shard)
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -149,7 +158,6 @@ def main(args: Args) -> None:
         "max_response_tokens": args.max_response_tokens,
         "temperature": args.temperature,
         "batch_tokens": args.rollout_batch_tokens,
-        "seed": args.seed,
     }
     grader = common.Grader()  # for --eval-data alone
 
@@ -157,31 +165,21 @@ def main(args: Args) -> None:
     rollout_start = time.time()
     if saved is None:
         sampler = common.HFSampler(teacher, teacher_tokenizer, dtype, **sampling)
-        with common.progress_bar(rollout_count, "teacher rollouts", "response") as bar:
-            responses = sampler.sample(teacher_prompts, args.rollouts_per_prompt, progress=bar)
-        saved = [
-            {
-                "problem": problems[k // args.rollouts_per_prompt].text,
-                "response_ids": r.ids,
-                "truncated": r.truncated,
-                "response": teacher_tokenizer.decode(r.ids),
-            }
-            for k, r in enumerate(responses)
-        ]
-        Path(run.out, "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in saved))
+        saved = teacher_rollouts(args, run, sampler, teacher_tokenizer, problems, teacher_prompts)
     rollout_time = time.time() - rollout_start
 
-    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # for --eval-data alone
-    stream = common.problem_stream(rollout_count, args.seed)
+    stream = common.ProblemStream(rollout_count, args.seed)
 
-    def evaluate():
-        return common.evaluate(eval_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+    def evaluate(step):
+        answers = [p.answer for p in eval_problems]
+        return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
-    if args.eval_every:
-        run.log(0, evaluate())
-    for step in range(1, total_steps + 1):
+    start = run.resume(model, optimizer, stream)
+    if args.eval_every and start == 0:
+        run.log(0, evaluate(0))
+    for step in range(start + 1, total_steps + 1):
         step_start = time.time()
-        batch = [saved[next(stream)] for _ in range(args.rollouts_per_step)]
+        batch = [saved[i] for i in stream.take(args.rollouts_per_step)]
         rows = [index[row["problem"]] for row in batch]
         response_ids = [row["response_ids"] for row in batch]
         tokens = sum(map(len, response_ids))  # the loss's one denominator
@@ -189,17 +187,17 @@ def main(args: Args) -> None:
         # ---- train: one optimizer step, gradients accumulated over micro-batches
         sums, score_time = torch.zeros(5, dtype=torch.float64), 0.0
         lengths = [len(prompts[i]) + len(r) for i, r in zip(rows, response_ids, strict=True)]
-        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
+        for micro_batch in parallel.share(common.micro_batches(lengths, args.micro_batch_tokens)):
             chosen_ids = [response_ids[k] for k in micro_batch]
             score_start = time.time()
             with torch.no_grad(), common.autocast(device, dtype):
-                teacher_hidden, _ = common.response_hidden(
+                teacher_hidden, teacher_head, _ = common.response_hidden(
                     teacher, [teacher_prompts[rows[k]] for k in micro_batch], chosen_ids
-                )  # (N, Ht)
+                )  # (N, Ht), (V, Ht)
             score_time += time.time() - score_start
 
             with common.autocast(device, dtype):
-                hidden, ids = common.response_hidden(model, [prompts[rows[k]] for k in micro_batch], chosen_ids)  # (N, H)
+                hidden, head, ids = common.response_hidden(model, [prompts[rows[k]] for k in micro_batch], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
                 weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
                 options = {"weight": weight, "temperature": args.temperature, "target_ids": ids}
@@ -211,7 +209,7 @@ def main(args: Args) -> None:
                     loss, stats = fused_linear_divergence(
                         hidden, head, target, kind="forward_kl", **options
                     )  # sum_n w_n D_n
-            loss.backward()
+            (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
             values = [
                 loss.detach() * tokens,
                 stats.forward_kl.sum(),
@@ -220,13 +218,13 @@ def main(args: Args) -> None:
                 stats.teacher_entropy.sum(),
             ]
             sums += torch.stack([v.double().cpu() for v in values])
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        grad_norm = common.clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         step_time = time.time() - step_start
 
         # ---- log
-        policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (sums / tokens).tolist()
+        policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (parallel.all_reduce(sums) / tokens).tolist()
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(row["truncated"] for row in batch) / len(batch),
@@ -244,13 +242,40 @@ def main(args: Args) -> None:
             "time/step": step_time,
         }
         if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
-            metrics |= evaluate()
+            metrics |= evaluate(step)
         run.log(
             step, metrics, f"forward_kl {forward_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
         )
+        run.checkpoint(step, model, optimizer, stream)
 
     grader.close()
     run.finish(model, tokenizer, dtype)
+
+
+def teacher_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[dict]:
+    """The rows of rollouts.jsonl. A part at a time goes to a file aside, where a killed run finds what it had sampled."""
+    path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
+    if path.exists():
+        return common.load_rows(str(path), "--resume")
+    lines = aside.read_text().splitlines(keepends=True) if aside.exists() else []
+    lines = lines[: len(lines) // (PROBLEMS_PER_PART * n) * PROBLEMS_PER_PART * n]  # whole parts only
+    parallel.barrier()  # every rank has read what rank 0 now writes to
+    with (
+        common.rank_zero_file(aside, lines) as file,
+        common.progress_bar(len(problems) * n, "teacher rollouts", "response") as bar,
+    ):
+        bar.update(len(lines))
+        for start in range(len(lines) // n, len(problems), PROBLEMS_PER_PART):
+            part = range(start, min(start + PROBLEMS_PER_PART, len(problems)))
+            responses = sampler.sample([prompts[i] for i in part], n, seed=(args.seed, start), progress=bar)
+            for k, r in enumerate(responses):
+                row = {"problem": problems[start + k // n].text, "response_ids": r.ids, "truncated": r.truncated}
+                lines.append(json.dumps(row | {"response": tokenizer.decode(r.ids)}) + "\n")
+            file.writelines(lines[-len(responses) :])
+            file.flush()
+    if parallel.rank() == 0:
+        aside.rename(path)
+    return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 import common
+import parallel
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
@@ -39,6 +40,14 @@ class Args:
     """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    save_every: int = 20
+    """write a checkpoint to resume from every so many steps; 0: never"""
+    keep_last: int = 1
+    """how many of them to keep; all go when the run finishes"""
+    resume: bool = False
+    """go on from the newest checkpoint in --out, or start if there is none"""
+    hybrid_shard: bool = False
+    """with several nodes: shard within each node and replicate across them, not over all ranks"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -108,7 +117,7 @@ def main(args: Args) -> None:
     require(args.group_size >= 2, f"--group-size {args.group_size}: a group of one has no baseline; use 2 or more")
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step minibatch_prompts max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
     common.require_positive(args, sizes)
     require(
         args.prompts_per_step % args.minibatch_prompts == 0,
@@ -135,9 +144,12 @@ def main(args: Args) -> None:
     run = common.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
-    model = common.load_model(args.model, "--model", device, dtype, trainable=True)
-    head = model.get_output_embeddings().weight  # (V, H)
-    ref = common.load_model(args.model, "--model", device, dtype, trainable=False) if args.kl_coef else None
+    model = common.load_model(args.model, "--model", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
+    ref = (
+        common.load_model(args.model, "--model", device, dtype, trainable=False, hybrid_shard=args.hybrid_shard)
+        if args.kl_coef
+        else None
+    )
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -145,29 +157,28 @@ def main(args: Args) -> None:
         "max_response_tokens": args.max_response_tokens,
         "temperature": args.temperature,
         "batch_tokens": args.rollout_batch_tokens,
-        "seed": args.seed,
     }
     sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
-    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # its own, so that looking changes no training
     grader = common.Grader(args.grader)
-    stream = common.problem_stream(len(problems), args.seed)
+    stream = common.ProblemStream(len(problems), args.seed)
     G = args.group_size
 
-    def evaluate():
-        return common.evaluate(eval_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+    def evaluate(step):
+        answers = [p.answer for p in eval_problems]
+        return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
-    if args.eval_every:
-        run.log(0, evaluate())
-    for step in range(1, total_steps + 1):
+    start = run.resume(model, optimizer, stream)
+    if args.eval_every and start == 0:
+        run.log(0, evaluate(0))
+    for step in range(start + 1, total_steps + 1):
         step_start = time.time()
 
         # ---- rollout: a group of responses per problem, and their rewards
         groups, all_responses, all_rewards = [], [], []  # groups: (problem index, responses, rewards)
-        for _ in range(1 + args.dynamic_sampling):
-            batch = [next(stream) for _ in range(args.prompts_per_step)]
-            responses = sampler.sample([prompts[i] for i in batch], G)
-            texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-            rewards = grader.grade(texts, [problems[i].answer for i in batch for _ in range(G)])
+        for draw in range(1 + args.dynamic_sampling):
+            batch = stream.take(args.prompts_per_step)
+            responses = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
+            rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch for _ in range(G)])
             run.labels.update(problems[i].text for i in batch)
             drawn = [(i, responses[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
             groups += [group for group in drawn if not args.dynamic_sampling or len(set(group[2])) > 1]
@@ -189,42 +200,40 @@ def main(args: Args) -> None:
         # ---- which rows train: equal rewards give advantage 0 and so exactly no gradient; leaving such rows out saves
         # their passes and changes nothing, as the denominator still counts their tokens
         trains = (advantages != 0).tolist()
-        minibatches = []  # (rows that train, tokens of all rows): the loss's one denominator per optimizer step
+        lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
+        minibatches = []  # (this rank's micro-batches of the rows that train, tokens of all rows: the loss's denominator)
         for start in range(0, len(responses), args.minibatch_prompts * G):
             rows = range(start, min(start + args.minibatch_prompts * G, len(responses)))
             rows = [k for k in rows if not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
-            minibatches.append(([k for k in rows if trains[k] or args.kl_coef], tokens))
-        lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
+            rows = [k for k in rows if trains[k] or args.kl_coef]
+            micro_batches = common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens)
+            micro_batches = [[rows[j] for j in micro_batch] for micro_batch in micro_batches]
+            minibatches.append((parallel.share(micro_batches), tokens))
 
         # ---- score: the trainer's own log-probabilities under the policy that sampled. The first update yields its own
         score_start = time.time()
-        old_logprobs = {}  # row: (R,)
-        rows = [k for later, _ in minibatches[1:] for k in later]
-        for micro_batch in common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens):
-            micro_batch = [rows[j] for j in micro_batch]
-            response_ids = [responses[k].ids for k in micro_batch]
-            with torch.no_grad(), common.autocast(device, dtype):
-                hidden, ids = common.response_hidden(model, [batch_prompts[k] for k in micro_batch], response_ids)
-                logprobs, _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
-            split = logprobs.split([len(ids) for ids in response_ids])
-            old_logprobs.update(zip(micro_batch, split, strict=True))
+        old_logprobs = {}  # (minibatch, micro-batch): (N,)
+        for b, (micro_batches, _) in enumerate(minibatches[1:], 1):
+            for m, micro_batch in enumerate(micro_batches):
+                prompt_ids, response_ids = [batch_prompts[k] for k in micro_batch], [responses[k].ids for k in micro_batch]
+                with torch.no_grad(), common.autocast(device, dtype):
+                    hidden, head, ids = common.response_hidden(model, prompt_ids, response_ids)  # (N, H), (V, H), (N,)
+                    old_logprobs[b, m], _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)
         score_time = time.time() - score_start
 
         # ---- train: an optimizer step per minibatch, gradients accumulated over its micro-batches
         train_start = time.time()
-        sums, diff_max, grad_norm = torch.zeros(6, dtype=torch.float64), 0.0, 0.0
-        updates, trained_tokens = 0, 0
-        for rows, tokens in minibatches:
-            for micro_batch in common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens):
-                micro_batch = [rows[j] for j in micro_batch]
+        sums, diff_max, grad_norm = torch.zeros(7, dtype=torch.float64), torch.zeros(()), 0.0
+        updates = 0
+        for b, (micro_batches, tokens) in enumerate(minibatches):
+            for m, micro_batch in enumerate(micro_batches):
                 prompt_ids, response_ids = [batch_prompts[k] for k in micro_batch], [responses[k].ids for k in micro_batch]
                 with common.autocast(device, dtype):
-                    hidden, ids = common.response_hidden(model, prompt_ids, response_ids)  # (N, H), (N,)
+                    hidden, head, ids = common.response_hidden(model, prompt_ids, response_ids)  # (N, H), (V, H), (N,)
                     new_logprobs, entropy = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
-                first = rows is minibatches[0][0]
-                old = new_logprobs.detach() if first else torch.cat([old_logprobs[k] for k in micro_batch])  # (N,)
-                sizes = torch.tensor([len(ids) for ids in response_ids], device=device)
+                old = old_logprobs.get((b, m), new_logprobs.detach())  # (N,)
+                sizes = torch.tensor([len(ids) for ids in response_ids], dtype=torch.long, device=device)
                 advantage = advantages[micro_batch].repeat_interleave(sizes).to(old.dtype)  # (N,)
 
                 # -min(ratio A, clip(ratio) A), and at most dual_clip |A| where A < 0; mean over all tokens
@@ -239,30 +248,35 @@ def main(args: Args) -> None:
                 ref_kl = torch.zeros(())
                 if ref is not None:
                     with torch.no_grad(), common.autocast(device, dtype):
-                        ref_hidden, _ = common.response_hidden(ref, prompt_ids, response_ids)
-                    anchor = TeacherHead(ref_hidden, ref.get_output_embeddings().weight)
+                        ref_hidden, ref_head, _ = common.response_hidden(ref, prompt_ids, response_ids)
                     weight = torch.full_like(old, 1 / tokens)
                     ref_kl, _ = fused_linear_divergence(
-                        hidden, head, anchor, weight=weight, kind="reverse_kl", temperature=args.temperature
+                        hidden,
+                        head,
+                        TeacherHead(ref_hidden, ref_head),
+                        weight=weight,
+                        kind="reverse_kl",
+                        temperature=args.temperature,
                     )
-                (policy_loss + args.kl_coef * ref_kl).backward()
+                loss = policy_loss + args.kl_coef * ref_kl
+                (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
 
                 with torch.no_grad():
                     reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
                     diff = (old - reported).abs()  # (N,)
-                    diff_max = max(diff_max, float(diff.max()))
+                    diff_max = torch.cat([diff_max[None], diff.float().cpu()]).max()
                     values = [
                         (ratio - 1 - logratio).sum(),
                         (pg_loss2 > pg_loss1).sum(),
                         entropy.sum(),
                         diff.sum(),
+                        torch.tensor(len(ids)),
                         policy_loss,
                         ref_kl,
                     ]
                     sums += torch.stack([v.double().cpu() for v in values])
-                trained_tokens += len(ids)
-            if rows:
-                grad_norm += float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+            if micro_batches:
+                grad_norm += common.clip_gradients(model, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 updates += 1
@@ -270,12 +284,12 @@ def main(args: Args) -> None:
 
         sync_start = time.time()
         sampler.update_weights(model)
-        eval_sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log
-        approx_kl, clipfrac, entropy, diff_mean = (sums[:4] / max(trained_tokens, 1)).tolist()  # over tokens trained on
-        policy_loss, ref_kl, grad_norm = (torch.tensor([*sums[4:], grad_norm]) / max(updates, 1)).tolist()  # over updates
+        *per_token, trained_tokens, policy_loss, ref_kl = parallel.all_reduce(sums).tolist()
+        approx_kl, clipfrac, entropy, diff_mean = [value / max(trained_tokens, 1) for value in per_token]
+        policy_loss, ref_kl, grad_norm = [value / max(updates, 1) for value in (policy_loss, ref_kl, grad_norm)]
         response_tokens = sum(len(r.ids) for r in all_responses)
         by_group = torch.tensor(all_rewards).view(-1, G)
         metrics = {
@@ -293,7 +307,7 @@ def main(args: Args) -> None:
             "losses/ref_kl": ref_kl,
             "losses/grad_norm": grad_norm,
             "debug/sampler_logprob_diff_mean": diff_mean,
-            "debug/sampler_logprob_diff_max": diff_max,
+            "debug/sampler_logprob_diff_max": float(parallel.all_reduce(diff_max, largest=True)),
             "debug/grader_timeouts": grader.timeouts,
             "debug/unparsable": grader.unparsable,
             "time/rollout": rollout_time,
@@ -303,13 +317,14 @@ def main(args: Args) -> None:
             "time/step": step_time,
         }
         if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
-            metrics |= evaluate()
+            metrics |= evaluate(step)
         run.log(
             step,
             metrics,
             f"reward {metrics['charts/reward']:.3f}, {metrics['charts/response_length']:.0f} tokens, "
             f"{metrics['charts/tokens_per_sec']:.0f} tok/s",
         )
+        run.checkpoint(step, model, optimizer, stream)
 
     grader.close()
     run.finish(model, tokenizer, dtype)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 import common
+import parallel
 from common import require
 from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
 
@@ -41,6 +42,14 @@ class Args:
     """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    save_every: int = 20
+    """write a checkpoint to resume from every so many steps; 0: never"""
+    keep_last: int = 1
+    """how many of them to keep; all go when the run finishes"""
+    resume: bool = False
+    """go on from the newest checkpoint in --out, or start if there is none"""
+    hybrid_shard: bool = False
+    """with several nodes: shard within each node and replicate across them, not over all ranks"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -95,7 +104,7 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
     common.require_positive(args, sizes)
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
@@ -125,11 +134,9 @@ def main(args: Args) -> None:
     run = common.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
-    model = common.load_model(args.student, "--student", device, dtype, trainable=True)
-    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False)
-    head = model.get_output_embeddings().weight  # (V, H)
-    teacher_head = teacher.get_output_embeddings().weight  # (V, Ht)
-    cache_logits = teacher_head.shape[0] <= teacher_head.shape[1]  # whichever is smaller per token
+    model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
+    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False, hybrid_shard=args.hybrid_shard)
+    cache_logits = teacher.config.vocab_size <= teacher.config.hidden_size  # whichever is smaller per token
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -137,51 +144,53 @@ def main(args: Args) -> None:
         "max_response_tokens": args.max_response_tokens,
         "temperature": args.temperature,
         "batch_tokens": args.rollout_batch_tokens,
-        "seed": args.seed,
     }
     sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
-    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # its own, so that looking changes no training
     grader = common.Grader()  # for --eval-data alone
-    stream = common.problem_stream(len(problems), args.seed)
+    stream = common.ProblemStream(len(problems), args.seed)
 
-    def evaluate():
-        return common.evaluate(eval_sampler, tokenizer, eval_prompts, [p.answer for p in eval_problems], grader)
+    def evaluate(step):
+        answers = [p.answer for p in eval_problems]
+        return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
-    if args.eval_every:
-        run.log(0, evaluate())
-    for step in range(1, total_steps + 1):
+    start = run.resume(model, optimizer, stream)
+    if args.eval_every and start == 0:
+        run.log(0, evaluate(0))
+    for step in range(start + 1, total_steps + 1):
         step_start = time.time()
 
         # ---- rollout: the student answers
-        batch = [next(stream) for _ in range(args.prompts_per_step)]
-        responses = sampler.sample([prompts[i] for i in batch], 1)
+        batch = stream.take(args.prompts_per_step)
+        responses = sampler.sample([prompts[i] for i in batch], 1, seed=(args.seed, step))
         response_ids = [r.ids for r in responses]
         tokens = sum(map(len, response_ids))  # the loss's one denominator
         rollout_time = time.time() - step_start
 
+        # ---- this rank's rows; teacher and student pass over the same micro-batches
+        longest = [max(len(prompts[i]), len(teacher_prompts[i])) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        micro_batches = parallel.share(common.micro_batches(longest, args.micro_batch_tokens))
+
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         score_start = time.time()
-        cached = [None] * len(batch)  # per response (R, Ht) hidden states or (R, V) logits, on the CPU
-        lengths = [len(teacher_prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
-        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
-            chosen_ids = [response_ids[k] for k in micro_batch]
+        cached = []  # per micro-batch (N, Ht) hidden states or (N, V) logits, on the CPU
+        for micro_batch in micro_batches:
+            teacher_prompt_ids, chosen_ids = (
+                [teacher_prompts[batch[k]] for k in micro_batch],
+                [response_ids[k] for k in micro_batch],
+            )
             with torch.no_grad(), common.autocast(device, dtype):
-                hidden, _ = common.response_hidden(teacher, [teacher_prompts[batch[k]] for k in micro_batch], chosen_ids)
-                cache = hidden @ teacher_head.T if cache_logits else hidden.to(dtype)  # (N, V) or (N, Ht)
-            for k, rows in zip(micro_batch, cache.cpu().split([len(ids) for ids in chosen_ids]), strict=True):
-                cached[k] = rows
+                hidden, teacher_head, _ = common.response_hidden(teacher, teacher_prompt_ids, chosen_ids)
+                cached.append((hidden @ teacher_head.T if cache_logits else hidden.to(dtype)).cpu())
         score_time = time.time() - score_start
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
         train_start = time.time()
-        sums = torch.zeros(5, dtype=torch.float64)
-        diff_sum, diff_max = 0.0, 0.0
-        lengths = [len(prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
-        for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
-            chosen_ids = [response_ids[k] for k in micro_batch]
+        sums, diff_max = torch.zeros(6, dtype=torch.float64), torch.zeros(())
+        for micro_batch, target in zip(micro_batches, cached, strict=True):
+            prompt_ids, chosen_ids = [prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
             with common.autocast(device, dtype):
-                hidden, ids = common.response_hidden(model, [prompts[batch[k]] for k in micro_batch], chosen_ids)  # (N, H)
-                target = torch.cat([cached[k] for k in micro_batch]).to(device)  # (N, V) or (N, Ht)
+                hidden, head, ids = common.response_hidden(model, prompt_ids, chosen_ids)  # (N, H), (V, H), (N,)
+                target = target.to(device)  # (N, V) or (N, Ht)
                 target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
                 weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
                 options = {"weight": weight, "jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}
@@ -194,31 +203,32 @@ def main(args: Args) -> None:
                     loss = -(weight * advantage * new_logprobs).sum()
                 else:
                     loss, stats = fused_linear_divergence(hidden, head, target, kind=args.loss, **options)  # sum_n w_n D_n
-            loss.backward()
+            (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
 
             reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
             diff = (stats.student_logprob - reported).abs()  # (N,)
-            diff_sum, diff_max = diff_sum + float(diff.sum()), max(diff_max, float(diff.max()))
+            diff_max = torch.cat([diff_max[None], diff.float().cpu()]).max()
             values = [
                 loss.detach() * tokens,
                 stats.reverse_kl.sum(),
                 stats.forward_kl.sum(),
                 stats.student_entropy.sum(),
                 stats.teacher_entropy.sum(),
+                diff.sum(),
             ]
             sums += torch.stack([v.double().cpu() for v in values])
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        grad_norm = common.clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         train_time = time.time() - train_start
 
         sync_start = time.time()
         sampler.update_weights(model)
-        eval_sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log
-        policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy = (sums / tokens).tolist()
+        sums = (parallel.all_reduce(sums) / tokens).tolist()
+        policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy, diff_mean = sums
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(r.truncated for r in responses) / len(batch),
@@ -230,8 +240,8 @@ def main(args: Args) -> None:
             "losses/entropy": entropy,
             "losses/teacher_entropy": teacher_entropy,
             "losses/grad_norm": grad_norm,
-            "debug/sampler_logprob_diff_mean": diff_sum / tokens,
-            "debug/sampler_logprob_diff_max": diff_max,
+            "debug/sampler_logprob_diff_mean": diff_mean,
+            "debug/sampler_logprob_diff_max": float(parallel.all_reduce(diff_max, largest=True)),
             "time/rollout": rollout_time,
             "time/score": score_time,
             "time/train": train_time,
@@ -239,10 +249,11 @@ def main(args: Args) -> None:
             "time/step": step_time,
         }
         if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
-            metrics |= evaluate()
+            metrics |= evaluate(step)
         run.log(
             step, metrics, f"reverse_kl {reverse_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
         )
+        run.checkpoint(step, model, optimizer, stream)
 
     grader.close()
     run.finish(model, tokenizer, dtype)

@@ -1,16 +1,22 @@
 # docs/samplers.md
 """Samplers: prompts in, responses out, both as token ids; text is never tokenized again. The contract:
 
-sample(prompts, n)     n responses per prompt, with the log-probability of each sampled id and whether it was cut
-update_weights(model)  sample from these weights from now on
+sample(prompts, n, seed)  n responses per prompt, with the log-probability of each sampled id and whether it was cut
+update_weights(model)     sample from these weights from now on
+
+A sampler keeps no random state: the same weights, prompts and seed give the same responses, on any number of ranks, in
+a resumed run as in an uninterrupted one.
 """
 
 import contextlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
+
+import parallel
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -59,6 +65,11 @@ class GrowingLayer(DynamicLayer):
         return buffer[..., :total, :]
 
 
+def random_numbers(seed: tuple[int, ...], count: int):
+    """`count` uniform numbers in [0, 1), float64, of the stream that `seed` names."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(count)
+
+
 class HFSampler:
     """Samples from a live transformers model with a KV cache.
 
@@ -76,7 +87,6 @@ class HFSampler:
         top_p=1.0,
         top_k=0,
         batch_tokens=131072,
-        seed=0,
     ):
         self.model, self.dtype, self.device = model, dtype, model.device
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
@@ -89,33 +99,37 @@ class HFSampler:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
-        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def update_weights(self, model) -> None:
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
         self.model = model
 
-    @torch.inference_mode()
-    def sample(self, prompts: list[list[int]], n: int, progress=None) -> list[Response]:
-        """n responses per prompt; response j of prompt i is at index i * n + j. `progress` is a tqdm over responses."""
+    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
+        """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
+        (*seed, i * n + j). Every rank passes the same prompts, answers its share and gets all the responses.
+        `progress` is a tqdm over responses."""
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
-        responses = [None] * (len(prompts) * n)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        while order:
-            rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
-            row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
-            while order and (len(rows) + 1) * row_tokens <= self.batch_tokens:
-                rows.append(order.pop())
-            with autocast(self.device, self.dtype):
-                batch = self._sample_batch([prompts[i] for i in rows], n, progress)
-            for k, response in enumerate(batch):
-                responses[rows[k // n] * n + k % n] = response
+        mine = list(range(parallel.rank(), len(prompts), parallel.world_size()))
+        responses = [None] * (len(mine) * n)
+        order = sorted(range(len(mine)), key=lambda k: len(prompts[mine[k]]))
+        with parallel.gathered(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
+            while order:
+                rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
+                row_tokens = n * (len(prompts[mine[rows[0]]]) + self.max_response_tokens)
+                while order and (len(rows) + 1) * row_tokens <= self.batch_tokens:
+                    rows.append(order.pop())
+                seeds = [(*seed, mine[k] * n + j) for k in rows for j in range(n)]
+                batch = self._sample_batch([prompts[mine[k]] for k in rows], seeds, progress)
+                for k, response in enumerate(batch):
+                    responses[rows[k // n] * n + k % n] = response
         self.model.train(was_training)
-        return responses
+        return parallel.gather_interleaved(responses, n)
 
-    def _sample_batch(self, prompts, n, progress) -> list[Response]:
+    def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
+        """One response per seed: as many for each prompt, in a row."""
         B, P, T = len(prompts), max(map(len, prompts)), self.max_response_tokens
+        n = len(seeds) // B
         input_ids = torch.full((B, P), self.pad_id)
         mask = torch.zeros((B, P), dtype=torch.long)  # left padding: the next token of every row is in one column
         for row, prompt in enumerate(prompts):
@@ -132,6 +146,7 @@ class HFSampler:
 
         ids = torch.full((B * n, T), self.pad_id, device=self.device)
         logprobs = torch.zeros((B * n, T), device=self.device)
+        noise = torch.from_numpy(np.stack([random_numbers(s, 0 if self.greedy else T) for s in seeds])).to(self.device)
         lengths = torch.full((B * n,), T, device=self.device)
         truncated = torch.ones(B * n, dtype=torch.bool, device=self.device)
         live = torch.arange(B * n, device=self.device)  # output row of each row still in the batch
@@ -139,7 +154,12 @@ class HFSampler:
         for t in range(T):
             scores = logits.float() if logits.dtype != torch.float64 else logits
             log_p = torch.log_softmax(self.warpers(None, scores), dim=-1)  # (rows, V)
-            token = log_p.argmax(-1) if self.greedy else torch.multinomial(log_p.exp(), 1, generator=self.generator)[:, 0]
+            if self.greedy:
+                token = log_p.argmax(-1)
+            else:  # the first id whose cumulative probability exceeds the row's random number; float64, as V is large
+                cumulative = log_p.double().exp().cumsum(-1)  # (rows, V)
+                threshold = noise[live, t, None] * cumulative[:, -1:]
+                token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)
             ids[live, t] = token  # rows that have ended are still written to; `lengths` cuts them off
             logprobs[live, t] = log_p.gather(-1, token[:, None])[:, 0].float()
             ended = running & torch.isin(token, self.eos_ids)

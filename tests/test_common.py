@@ -110,11 +110,19 @@ def test_a_hub_dataset_with_several_configs_asks_for_one(hub):
 
 
 def test_problem_stream_is_one_permutation_after_another():
-    stream = common.problem_stream(7, seed=1)
-    epochs = [[next(stream) for _ in range(7)] for _ in range(3)]
+    stream = common.ProblemStream(7, seed=1)
+    epochs = [stream.take(7) for _ in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
-    again, other = common.problem_stream(7, seed=1), common.problem_stream(7, seed=2)
-    assert [next(again) for _ in range(7)] == epochs[0] != [next(other) for _ in range(7)]
+    again, other = common.ProblemStream(7, seed=1), common.ProblemStream(7, seed=2)
+    assert again.take(7) == epochs[0] != other.take(7)
+
+
+def test_problem_stream_continues_from_a_position_and_takes_any_number_at_once():
+    whole, parts = common.ProblemStream(7, seed=1).take(40), common.ProblemStream(7, seed=1)
+    assert parts.take(3) + parts.take(4) + parts.take(20) == whole[:27] and parts.position == 27
+    resumed = common.ProblemStream(7, seed=1)
+    resumed.position = 27
+    assert resumed.take(13) == whole[27:]
 
 
 @pytest.mark.parametrize("spec, name", [("data/test.jsonl", "test"), ("a/b.parquet", "b"), ("math500", "math500"),
@@ -186,7 +194,7 @@ def test_response_hidden_predicts_the_response_tokens(arch, tied):
     model = random_model(arch, tied).double()
     prompts, responses = [[22, 1, 23], [22, 1, 10, 2, 16, 23]], [[3, 4, 20], [5]]
     with torch.no_grad():
-        hidden, ids = common.response_hidden(model, prompts, responses)
+        hidden, _, ids = common.response_hidden(model, prompts, responses)
         logits = hidden @ model.get_output_embeddings().weight.T
         for row, (start, end) in enumerate([(0, 3), (3, 4)]):
             alone = model(input_ids=torch.tensor([prompts[row] + responses[row]])).logits[0, len(prompts[row]) - 1 : -1]
@@ -234,7 +242,7 @@ def test_an_interrupted_run_is_not_finished_and_is_done_again(run_script, checkp
     args = {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "prompts_per_step": 4,
             "max_response_tokens": 4, "max_steps": 2, "out": tmp_path / "run"}  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(common, "save_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_script("opd", **args)
     assert common.finished(tmp_path / "run") is None
@@ -250,7 +258,7 @@ def test_a_saved_checkpoint_loads_with_equal_weights(tmp_path, arch, tied, dtype
     with torch.no_grad():
         for p in model.parameters():  # so that a stale copy of any of them would be seen
             p.add_(torch.randn_like(p))
-    common.save_checkpoint(model, toy.make_tokenizer(), tmp_path, dtype)
+    common.save_model(model, toy.make_tokenizer(), tmp_path, dtype)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     state = loaded.state_dict()
@@ -265,14 +273,14 @@ def test_a_saved_checkpoint_loads_with_equal_weights(tmp_path, arch, tied, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_config_names_the_dtype_of_the_weights(tmp_path, dtype):
     """Transformers and vLLM load a checkpoint in its config's dtype unless told otherwise."""
-    common.save_checkpoint(random_model(), toy.make_tokenizer(), tmp_path, dtype)
+    common.save_model(random_model(), toy.make_tokenizer(), tmp_path, dtype)
     assert {p.dtype for p in load(tmp_path, "auto").parameters()} == {dtype}
 
 
 def test_saving_keeps_the_model_trainable(tmp_path):
     model = random_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    common.save_checkpoint(model, toy.make_tokenizer(), tmp_path, torch.bfloat16)
+    common.save_model(model, toy.make_tokenizer(), tmp_path, torch.bfloat16)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

@@ -1,0 +1,76 @@
+# docs/scaling.md
+"""Checkpoints to resume from: model, optimizer, and where the run stands in its data and metrics. Each is written aside
+and then renamed, so that a run killed at any moment, saving included, leaves the one before it whole. Written by
+torch.distributed.checkpoint: a run may go on with another number of ranks."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import parallel
+
+
+def latest(out: str | Path) -> Path | None:
+    """The newest whole checkpoint in the run folder `out`."""
+    return max(Path(out).glob("checkpoints/step_*[0-9]"), default=None)
+
+
+def step(folder: Path | None) -> int:
+    """The step that a checkpoint's folder is named after; 0 for None."""
+    return int(folder.name.removeprefix("step_")) if folder else 0
+
+
+def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
+    """Write OUT/checkpoints/step_NNNNNN, NNNNNN being state["step"], then delete all but the `keep_last` newest.
+
+    Raises OSError where the disk is full or cannot be written; what was there before stays as it was."""
+    folder = Path(out, "checkpoints", f"step_{state['step']:06d}")
+    aside = folder.with_suffix(".partial")
+    if parallel.rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it saved
+        aside.mkdir(parents=True)
+    parallel.barrier()
+    try:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        with _quiet():
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside, no_dist=not dist.is_initialized()
+            )
+        if parallel.rank() == 0:
+            (aside / "state.json").write_text(json.dumps(state))
+            os.replace(aside, folder)
+            for old in sorted(folder.parent.glob("step_*[0-9]"))[:-keep_last]:
+                shutil.rmtree(old)
+    except (Exception, dcp.CheckpointException) as error:
+        if parallel.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {state['step']} could not be written: {_cause(error)}") from error
+    parallel.barrier()
+
+
+def restore(folder: Path, model, optimizer) -> dict:
+    """Load model and optimizer in place, onto any number of ranks; returns the `state` they were saved with."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    loaded = {"model": model_state, "optimizer": optimizer_state}
+    with _quiet():
+        dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    return json.loads((folder / "state.json").read_text())
+
+
+def _quiet():
+    """torch.distributed.checkpoint warns that there is only one process, on every call."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _cause(error: BaseException) -> str:
+    """One line of what went wrong: dcp wraps each rank's exception in one of its own, torch.save hides the disk's."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
