@@ -22,7 +22,6 @@ import parallel
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
-
 PROBLEMS_PER_PART = 1024  # sampled between two writes to rollouts.jsonl
 
 

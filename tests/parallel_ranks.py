@@ -1,5 +1,6 @@
 """One rank of tests/test_parallel.py, which starts it under torchrun: runs scripts one after another in one process group,
-because most of a launch is imports. Its argument is a JSON list of [script, arguments]."""
+because most of a launch is imports. Its argument is a JSON list of [script, arguments]; `stop_at` among the arguments ends
+that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step."""
 
 import importlib
 import json
@@ -15,11 +16,30 @@ from conftest import FakeGrader  # noqa: E402
 import common  # noqa: E402
 import parallel  # noqa: E402
 
+write_checkpoint = common.Run.checkpoint
 torch.set_num_threads(1)
 common.Grader = FakeGrader  # every second response of a group is right, which random models cannot arrange by themselves
 parallel.setup()
 for script, args in json.loads(sys.argv[1]):
     module = importlib.import_module(script)
     sys.argv[0] = str(ROOT / f"{script}.py")
-    module.main(module.Args(**args))
+    stop_at, fail_on = args.pop("stop_at", None), args.pop("fail_on", None)
+
+    def checkpoint(run, step, *state, stop_at=stop_at, fail_on=fail_on):
+        if step == 1 and fail_on == parallel.rank():
+            raise RuntimeError("deliberate")
+        write_checkpoint(run, step, *state)
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    common.Run.checkpoint = checkpoint
+    try:
+        if fail_on is None:
+            module.main(module.Args(**args))
+        else:
+            sys.argv[1:] = ["--model", args["model"], "--train-data", args["train_data"], "--out", args["out"],
+                            "--prompts-per-step", "4", "--minibatch-prompts", "4", "--max-response-tokens", "8"]  # fmt: skip
+            common.run(module.main, module.Args)
+    except KeyboardInterrupt:
+        pass
     parallel.barrier()
