@@ -19,6 +19,7 @@ import torch
 
 import common
 import parallel
+import plan
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
@@ -48,6 +49,10 @@ class Args:
     """go on from the newest checkpoint in --out, or start if there is none"""
     hybrid_shard: bool = False
     """with several nodes: shard within each node and replicate across them, not over all ranks"""
+    plan: bool = False
+    """print memory per GPU, tokens and FLOPs a step, and whether this command fits; then exit"""
+    plan_gpu: str | None = None
+    """plan for such GPUs (80GB, 8x80GB) instead of the hardware found"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -125,6 +130,16 @@ def main(args: Args) -> None:
         f"{args.minibatch_prompts}; choose a divisor",
     )
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    plan.check(
+        args,
+        lambda: plan.Workload(
+            trained=(policy := plan.Sizes.read(args.model, "--model")),
+            frozen={"reference": policy} if args.kl_coef else {},
+            sampled=policy,
+            responses=args.prompts_per_step * args.group_size,
+            updates=args.prompts_per_step // args.minibatch_prompts,
+        ),
+    )
     problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.model, "--model")

@@ -19,6 +19,7 @@ import torch
 
 import common
 import parallel
+import plan
 from common import require
 from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
 
@@ -50,6 +51,10 @@ class Args:
     """go on from the newest checkpoint in --out, or start if there is none"""
     hybrid_shard: bool = False
     """with several nodes: shard within each node and replicate across them, not over all ranks"""
+    plan: bool = False
+    """print memory per GPU, tokens and FLOPs a step, and whether this command fits; then exit"""
+    plan_gpu: str | None = None
+    """plan for such GPUs (80GB, 8x80GB) instead of the hardware found"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -108,6 +113,16 @@ def main(args: Args) -> None:
     common.require_positive(args, sizes)
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    plan.check(
+        args,
+        lambda: plan.Workload(
+            trained=(student := plan.Sizes.read(args.student, "--student")),
+            frozen={"teacher": plan.Sizes.read(args.teacher, "--teacher")},
+            sampled=student,
+            responses=args.prompts_per_step,
+            cached=True,
+        ),
+    )
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")

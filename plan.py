@@ -1,0 +1,260 @@
+# docs/scaling.md
+"""What a command will need, before it runs: memory per GPU phase by phase, tokens and FLOPs a step, and whether it fits.
+
+Read from the models' configs alone. Weights, gradients and optimizer are counted; activations are traced through two
+layers of fake tensors, which have shapes and no memory. Responses are taken to be as long as --max-response-tokens
+allows, prompts PROMPT_TOKENS long. On a CPU the figures are resident memory, imports included.
+"""
+
+import os
+import re
+import resource
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import common
+import parallel
+from kernels.linear import WORKSPACE_BYTES
+
+PROMPT_TOKENS = 256
+GB = 1e9
+MARGIN = 1.1  # how far an estimate must be above the hardware before the run is refused
+CUDA_CONTEXT = 1.0 * GB  # what CUDA and NCCL take beside the tensors
+
+
+@dataclass
+class Sizes:
+    """Elements and dimensions of one model."""
+
+    config: object
+    params: int
+    root: int  # of the embedding, the head and the last norm: gathered together, and whole from forward to backward
+    layer: int  # of one decoder layer
+    kv: int  # cache elements a token
+
+    @staticmethod
+    def read(path: str, flag: str) -> "Sizes":
+        try:
+            config = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError) as error:
+            raise common.explain_missing(flag, path, error) from None
+        params = sum(p.numel() for p in model.parameters())
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return Sizes(config, params, params - sum(layers), max(layers), kv)
+
+
+@dataclass
+class Hardware:
+    gpus: int
+    bytes: float  # memory of one
+    shards: int  # ranks that one copy of a model is spread over
+    cuda: bool
+
+    @staticmethod
+    def find(args) -> "Hardware":
+        gpus, cuda = parallel.world_size(), torch.cuda.is_available() or bool(args.plan_gpu)
+        if args.plan_gpu:
+            match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)GB", args.plan_gpu)
+            common.require(match, f"--plan-gpu {args.plan_gpu}: write it as 80GB, or 8x80GB for eight of them")
+            gpus, memory = int(match[1] or gpus), float(match[2]) * GB
+        elif cuda:
+            memory = torch.cuda.get_device_properties(0).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", min(8, gpus)))
+        return Hardware(gpus, memory, local if args.hybrid_shard else gpus, cuda)
+
+
+@dataclass
+class Workload:
+    """What the script does with its models in one step."""
+
+    trained: Sizes
+    frozen: dict[str, Sizes]  # teacher, reference
+    sampled: Sizes  # the model that answers
+    responses: int  # a step
+    updates: int = 1  # optimizer steps a step
+    cached: bool = False  # the frozen model's hidden states wait in CPU memory
+
+
+def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
+    """{phase: {what: bytes}} per GPU, its keys the phases of a step: rollout, and train."""
+    compute = 2 if common.device_and_dtype(args.dtype)[1] == torch.bfloat16 or (hw.cuda and args.dtype == "auto") else 4
+    compute, master = (8, 8) if args.dtype == "float64" else (compute, 4)
+    sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
+    length = PROMPT_TOKENS + args.max_response_tokens
+    state = {
+        "before any tensor": CUDA_CONTEXT if hw.cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "weights": P * master / S,
+        "AdamW": 2 * P * master / S,
+    }
+    for name, sizes in work.frozen.items():
+        whole = sizes.root if sharded else 0  # the fused losses read a whole head
+        state[name] = (sizes.params / S + whole) * compute
+
+    tokens = min(args.rollout_batch_tokens, -(-work.responses // hw.gpus) * length)
+    vocabulary = work.sampled.config.vocab_size
+    rollout = state | {
+        "gathered weights": work.sampled.params * compute if sharded else 0,
+        "key-value cache": tokens * work.sampled.kv * compute,
+        "probabilities": max(tokens // length, 1) * vocabulary * 32,  # float32 and float64 copies of a row's logits
+    }
+    if compute == 2 and not sharded and work.sampled is work.trained:
+        rollout["bfloat16 copy of the weights"] = P * 2  # autocast's
+    tokens = min(args.micro_batch_tokens, work.responses * length)
+    rows = max(tokens // length, 1)
+    n, config = tokens, work.trained.config
+    head = config.vocab_size * config.hidden_size
+    width = max([sizes.config.hidden_size for sizes in work.frozen.values()], default=0)
+    train = state | {
+        "gradients": P * master / S,
+        "activations": activation_bytes(args, work.trained, compute, sharded, rows, tokens // rows),
+        "head's gradient": head * 4 + (head * compute if sharded else 0),
+        "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * n * config.vocab_size * 4),
+        "hidden states": n * config.hidden_size * 4 * 2,
+    }
+    if sharded:
+        train["gathered weights"] = (2 * work.trained.layer + work.trained.root) * compute + 2 * work.trained.layer * 4
+    elif compute == 2:
+        train["bfloat16 copy of the weights"] = P * 2
+    if work.cached and not hw.cuda:
+        train["teacher's hidden states"] = work.responses * args.max_response_tokens * width * compute
+    return {"rollout": rollout, "train": train}
+
+
+def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int, length: int) -> float:
+    """What autograd keeps of one micro-batch of rows x length tokens: counted on models of one and two layers."""
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[compute]
+    saved = [saved_bytes(sizes.config, dtype, sharded, rows, length, layers) for layers in (1, 2)]
+    layer, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
+    count = sizes.config.num_hidden_layers
+    if args.gradient_checkpointing:  # each layer's input, and one layer at a time
+        return rest + count * rows * length * sizes.config.hidden_size * compute + layer
+    return rest + count * layer
+
+
+def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: int) -> int:
+    """Bytes of the distinct tensors, weights left out, that autograd saves in the forward pass of `layers` layers."""
+    config = type(config)(**(config.to_dict() | {"num_hidden_layers": layers, "vocab_size": 32, "layer_types": None}))
+    config.pad_token_id = None
+    config._attn_implementation = "sdpa"
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    master = torch.float32 if dtype == torch.bfloat16 and not sharded else dtype
+    with FakeTensorMode(), common.autocast(torch.device("cpu"), dtype):
+        model = AutoModelForCausalLM.from_config(config, dtype=master)
+        input_ids = torch.zeros((rows, length), dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.base_model(input_ids=input_ids, use_cache=False)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        shapes = {p.shape for p in model.parameters() if p.ndim == 2} | {
+            p.T.shape for p in model.parameters() if p.ndim == 2
+        }
+        return sum(
+            t.untyped_storage().nbytes()
+            for key, t in kept.items()
+            if key not in weights and t.shape not in shapes  # autocast's copies of the weights are counted by themselves
+        )
+
+
+def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
+    """FLOPs of one step: 2 a weight and token forward, 6 forward and backward, and the attention's own."""
+
+    def forward(sizes: Sizes) -> float:
+        config = sizes.config
+        width = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        attention = 2 * config.num_hidden_layers * width * length  # q k^T and p v, causal: half of 2 x 2
+        return responses * length * (2 * sizes.params + attention)
+
+    return {
+        "rollout": forward(work.sampled),
+        "score": sum(map(forward, work.frozen.values())) + (forward(work.trained) if work.updates > 1 else 0),
+        "train": 3 * forward(work.trained),
+    }
+
+
+def check(args, work_of) -> None:
+    """Under --plan print what the command needs and exit. Otherwise raise UsageError if it cannot fit this hardware.
+
+    `work_of()` returns the script's Workload; reading it raises UsageError if a model's config cannot be read."""
+    work, hw = work_of(), Hardware.find(args)
+    peak = max(sum(phase.values()) for phase in estimate(args, work, hw).values())
+    if args.plan:
+        print(render(args, work, hw))
+        raise SystemExit(0)
+    common.require(
+        peak <= hw.bytes * MARGIN,
+        f"needs about {peak / GB:.1f} GB per {'GPU' if hw.cuda else 'process'}, there are {hw.bytes / GB:.1f}: "
+        f"{advice(args, work, hw)} (--plan prints the whole count)",
+    )
+
+
+def advice(args, work: Workload, hw: Hardware) -> str:
+    """The first set of flags, the least costly first, with which the command would fit."""
+
+    def fits(changes, gpus=hw.gpus):
+        changed = replace(args, **changes)
+        hardware = replace(hw, gpus=gpus, shards=gpus if gpus != hw.gpus else hw.shards)
+        return max(sum(phase.values()) for phase in estimate(changed, work, hardware).values()) <= hw.bytes
+
+    length = PROMPT_TOKENS + args.max_response_tokens
+    smaller = {
+        "micro_batch_tokens": min(args.micro_batch_tokens, length),
+        "rollout_batch_tokens": min(args.rollout_batch_tokens, 4 * length),
+    }
+    for changes in (
+        {"micro_batch_tokens": smaller["micro_batch_tokens"]},
+        {"rollout_batch_tokens": smaller["rollout_batch_tokens"]},
+        smaller,
+        {"gradient_checkpointing": True},
+        smaller | {"gradient_checkpointing": True},
+    ):
+        if fits(changes):
+            flags = [
+                f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+                for k, v in changes.items()
+                if getattr(args, k) != v
+            ]
+            return f"it would fit with {' '.join(flags)}"
+    for gpus in (2, 4, 8, 16, 32, 64, 128):
+        if hw.cuda and gpus > hw.gpus and fits(smaller | {"gradient_checkpointing": True}, gpus):
+            return (
+                f"it would fit on {gpus} such GPUs (torchrun) with --gradient-checkpointing --micro-batch-tokens "
+                f"{smaller['micro_batch_tokens']} --rollout-batch-tokens {smaller['rollout_batch_tokens']}"
+            )
+    return "use smaller models, or hardware with more memory"
+
+
+def render(args, work: Workload, hw: Hardware) -> str:
+    """The plan as text."""
+    length = PROMPT_TOKENS + args.max_response_tokens
+    tokens = work.responses * length
+    lines = [f"{hw.gpus} x {hw.bytes / GB:.0f} GB" + (f", one copy of each model over {hw.shards}" if hw.shards > 1 else "")]
+    models = {"trained": work.trained} | work.frozen
+    lines.append("; ".join(f"{name} {sizes.params / 1e9:.3f} B parameters" for name, sizes in models.items()))
+    phases = estimate(args, work, hw)
+    for phase, parts in phases.items():
+        lines.append(f"\n{phase}: {sum(parts.values()) / GB:.2f} GB")
+        lines += [f"  {size / GB:8.2f}  {what}" for what, size in parts.items() if size >= 0.005 * GB]
+    lines.append(
+        f"\na step: up to {work.responses} responses x {length} tokens = {tokens / 1e6:.2f} M tokens, "
+        + ", ".join(f"{name} {value / 1e15:.3g}" for name, value in flops(work, work.responses, length).items())
+        + " PFLOP"
+    )
+    peak = max(sum(parts.values()) for parts in phases.values())
+    verdict = "fits" if peak <= hw.bytes else f"does not fit: {advice(args, work, hw)}"
+    lines.append(f"peak {peak / GB:.2f} of {hw.bytes / GB:.1f} GB: {verdict}")
+    return "\n".join(lines)
