@@ -18,6 +18,8 @@ import torch
 from torch.autograd import gradcheck
 
 import kernels.divergence
+import kernels.linear
+import kernels.logprob
 from kernels import (
     TeacherHead,
     TeacherLogits,
@@ -365,24 +367,102 @@ def test_masked_rows_are_not_touched():
     assert (x.grad[[1, 4]] == 0).all()
 
 
-def test_upstream_gradient_and_retain_graph():
-    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
-    loss, _ = fused_linear_divergence(x, head, teacher)
+def fused_losses():
+    """name -> a scalar of (x, head), one through each autograd function."""
+    teacher, ids = TeacherHead(randn(N, HT), randn(V, HT)), torch.randint(V, (N,))
+    return {
+        "divergence": lambda x, head: fused_linear_divergence(x, head, teacher)[0],
+        "from logits": lambda x, head: divergence_from_logits(x @ head.T, teacher)[0],
+        "logprob": lambda x, head: sum(value.sum() for value in fused_linear_logprob(x, head, ids)),
+    }
+
+
+@pytest.mark.parametrize("name", fused_losses())
+def test_upstream_gradient_and_retain_graph(name):
+    """The first backward gives its gradients away; the next ones start from the inputs again, whatever came before."""
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()[name](x, head)
+    zero = torch.autograd.grad(0 * loss, (x, head), retain_graph=True)
     once = torch.autograd.grad(loss, (x, head), retain_graph=True)
     scaled = torch.autograd.grad(3.7 * loss, (x, head), retain_graph=True)
+    (only_head,) = torch.autograd.grad(-loss, head, retain_graph=True)
     loss.backward(retain_graph=True)
     loss.backward()
-    for first, second, accumulated in zip(once, scaled, (x.grad, head.grad), strict=True):
-        torch.testing.assert_close(second, 3.7 * first)
-        torch.testing.assert_close(accumulated, 2 * first)
+    torch.testing.assert_close(only_head, -once[1])
+    for first, second, third, accumulated in zip(zero, once, scaled, (x.grad, head.grad), strict=True):
+        assert (first == 0).all() and (second != 0).any()
+        torch.testing.assert_close(third, 3.7 * second)
+        torch.testing.assert_close(accumulated, 2 * second)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
-def test_differentiating_twice_is_refused():
-    x, teacher = randn(N, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
-    loss, _ = fused_linear_divergence(x, randn(V, HS), teacher)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        grad.sum().backward()
+def test_a_second_backward_refuses_weights_that_have_changed():
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()["divergence"](x, head)
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        head += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.fixture
+def heads_gradients(monkeypatch):
+    """Addresses of the (V, H) tensors that the losses sum the head's gradient in."""
+    addresses = []
+    reduce_grads = kernels.linear.reduce_grads
+
+    def spy(dlogits, hidden, head, needs_hidden, dhead):
+        if dhead is not None and dhead.data_ptr() not in addresses:
+            addresses.append(dhead.data_ptr())
+        return reduce_grads(dlogits, hidden, head, needs_hidden, dhead)
+
+    for module in (kernels.divergence, kernels.logprob):
+        monkeypatch.setattr(module, "reduce_grads", spy)
+    return addresses
+
+
+@pytest.mark.parametrize("name", ["divergence", "logprob"])
+def test_the_heads_gradient_is_handed_over_without_a_copy(name, heads_gradients):
+    """The largest tensor of all becomes head.grad itself, or what the next function back receives."""
+    x, head, loss_of = randn(N, HS), randn(V, HS, grad=True), fused_losses()[name]
+    loss_of(x, head).backward()
+    assert heads_gradients == [head.grad.data_ptr()]
+    once, address = head.grad.clone(), head.grad.data_ptr()
+    loss_of(x, head).backward()  # the next micro-batch: added to the gradient that is there
+    assert head.grad.data_ptr() == address
+    torch.testing.assert_close(head.grad, 2 * once)
+
+
+@pytest.mark.parametrize("name", ["divergence", "logprob"])
+def test_a_head_gathered_from_shards_passes_its_gradient_on(name, heads_gradients):
+    """As an unsharded FSDP2 head: no leaf, so the same tensor goes to the function that gathered it."""
+    received = []
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, shard):
+            return torch.cat((shard, shard))
+
+        @staticmethod
+        def backward(ctx, grad):
+            received.append(grad.data_ptr())
+            return grad[:V] + grad[V:]
+
+    x, shard, loss_of = randn(N, HS), randn(V, HS, grad=True), fused_losses()[name]
+    (grad,) = torch.autograd.grad(loss_of(x, Gather.apply(shard)), shard)
+    assert received == heads_gradients
+    (expected,) = torch.autograd.grad(loss_of(x, torch.cat((shard, shard))), shard)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", fused_losses())
+def test_differentiating_twice_is_refused(name):
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()[name](x, head)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss + (x**2).sum(), x, create_graph=True)
 
 
 def test_only_what_requires_grad_is_computed(monkeypatch):
@@ -416,9 +496,16 @@ def test_tied_head():
     """The embedding is the head: autograd adds the gradients of its two uses."""
     embedding, tokens = randn(V, HS, grad=True), torch.randint(V, (N,))
     teacher_logits = randn(N, V)
-    loss, _ = fused_linear_divergence(torch.tanh(embedding[tokens]), embedding, TeacherLogits(teacher_logits))
+
+    def loss():
+        return fused_linear_divergence(torch.tanh(embedding[tokens]), embedding, TeacherLogits(teacher_logits))[0]
+
     expected = reference_divergence(torch.tanh(embedding[tokens]) @ embedding.T, teacher_logits, "reverse_kl").sum()
-    torch.testing.assert_close(*(torch.autograd.grad(value, embedding)[0] for value in (loss, expected)))
+    (reference,) = torch.autograd.grad(expected, embedding)
+    torch.testing.assert_close(torch.autograd.grad(loss(), embedding)[0], reference)
+    for _ in range(2):  # two micro-batches into one .grad
+        (3 * loss()).backward()
+    torch.testing.assert_close(embedding.grad, 6 * reference)
 
 
 @pytest.mark.parametrize("extra", [-3, 3])
