@@ -36,7 +36,7 @@ def refuse_dtensors(tensors):
         if hasattr(tensor, "device_mesh"):
             raise ValueError(
                 f"{name} is a DTensor, one rank's shard: compute the loss inside the module's forward, where FSDP2 has "
-                "unsharded the head, or pass weight.full_tensor(grad_placements=[Partial()]), which adds the ranks' gradients"
+                "unsharded the head, or pass weight.full_tensor(grad_placements=[Partial()]), which sums over the ranks"
             )
 
 
