@@ -83,12 +83,19 @@ class Args:
     """gradient clipping"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    offload_teacher: bool = False
+    """keep the teacher in the CPU's memory except while it scores; its head stays on the GPU"""
 
     # loss
     loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled"] = "reverse_kl"
     """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone"""
     jsd_beta: float = 0.5
     """jsd's weight of the teacher in the mixture: 0 is forward_kl, 1 is reverse_kl"""
+
+
+def to_host(cache):
+    """On CUDA into pinned memory, which the GPU copies from and to on its own. The copy may still be under way."""
+    return torch.empty(cache.shape, dtype=cache.dtype, pin_memory=cache.is_cuda).copy_(cache, non_blocking=True)
 
 
 def main(args: Args) -> None:
@@ -126,9 +133,10 @@ def main(args: Args) -> None:
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True)
-    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False)
+    teacher_home = "cpu" if args.offload_teacher else device
+    teacher = common.load_model(args.teacher, "--teacher", teacher_home, dtype, trainable=False)
     head = model.get_output_embeddings().weight  # (V, H)
-    teacher_head = teacher.get_output_embeddings().weight  # (V, Ht)
+    teacher_head = teacher.get_output_embeddings().weight.detach().to(device)  # (V, Ht)
     cache_logits = teacher_head.shape[0] <= teacher_head.shape[1]  # whichever is smaller per token
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
@@ -161,6 +169,7 @@ def main(args: Args) -> None:
 
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         score_start = time.time()
+        teacher.base_model.to(device)
         cached = [None] * len(batch)  # per response (R, Ht) hidden states or (R, V) logits, on the CPU
         lengths = [len(teacher_prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
         for micro_batch in common.micro_batches(lengths, args.micro_batch_tokens):
@@ -168,8 +177,11 @@ def main(args: Args) -> None:
             with torch.no_grad(), common.autocast(device, dtype):
                 hidden, _ = common.response_hidden(teacher, [teacher_prompts[batch[k]] for k in micro_batch], chosen_ids)
                 cache = hidden @ teacher_head.T if cache_logits else hidden.to(dtype)  # (N, V) or (N, Ht)
-            for k, rows in zip(micro_batch, cache.cpu().split([len(ids) for ids in chosen_ids]), strict=True):
+            for k, rows in zip(micro_batch, to_host(cache).split([len(ids) for ids in chosen_ids]), strict=True):
                 cached[k] = rows
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the copies into pinned memory
+        teacher.base_model.to(teacher_home)
         score_time = time.time() - score_start
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
@@ -181,7 +193,7 @@ def main(args: Args) -> None:
             chosen_ids = [response_ids[k] for k in micro_batch]
             with common.autocast(device, dtype):
                 hidden, ids = common.response_hidden(model, [prompts[batch[k]] for k in micro_batch], chosen_ids)  # (N, H)
-                target = torch.cat([cached[k] for k in micro_batch]).to(device)  # (N, V) or (N, Ht)
+                target = torch.cat([cached[k].to(device, non_blocking=True) for k in micro_batch])  # (N, V) or (N, Ht)
                 target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
                 weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
                 options = {"weight": weight, "jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}
