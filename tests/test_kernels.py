@@ -6,6 +6,7 @@ GPU, kernels_cuda.py compares whole losses.
 """
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -190,11 +191,12 @@ def test_topk_with_all_mass_in_the_top_is_finite():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("kind", "jsd_beta"), [*KINDS, ("jsd", 0.3), ("jsd", 0.7)])
-def test_identical_models_give_exactly_zero(kind, jsd_beta):
+def test_identical_models_give_exactly_zero(kind, jsd_beta, temperature):
     x, head = randn(N, HS, dtype=torch.float32, grad=True), randn(1000, HS, dtype=torch.float32, grad=True)
     teacher = TeacherHead(x.detach().clone(), head.detach().clone())
-    loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta)
+    loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta, temperature=temperature)
     loss.backward()
     assert loss == 0 and (stats.forward_kl == 0).all() and (stats.reverse_kl == 0).all()
     assert (x.grad == 0).all() and (head.grad == 0).all()
@@ -708,12 +710,13 @@ def test_logprob_edge_values():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_script(name, **env):
+def run_script(name, *flags, folder="tests", **env):
     path = os.pathsep.join((str(ROOT), os.getenv("PYTHONPATH", "")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
-    command = [sys.executable, str(ROOT / "tests" / name)]
+    command = [sys.executable, str(ROOT / folder / name), *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -751,3 +754,18 @@ def test_peak_memory():
 @pytest.mark.slow
 def test_two_fsdp2_ranks_equal_one_process():
     run_script("kernels_fsdp.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_benchmark_prints_a_table_and_a_json_line(frozen):
+    sizes = "--device cpu --tokens 300 --vocab 20000 --student-hidden 8 --teacher-hidden 16 --workspace-mb 2 --rounds 1"
+    chosen = "--kinds jsd --contestants ours naive products" + " --frozen-head" * frozen
+    *table, line = run_script("kernels.py", *sizes.split(), *chosen.split(), folder="benchmarks").splitlines()
+    ours, naive, products = json.loads(line)["results"]
+    assert [r["name"] for r in (ours, naive, products)] == ["ours", "naive", "products"]
+    assert len(ours["errors"]) == len(naive["errors"]) == (1 if frozen else 2) and max(ours["errors"]) < 1e-4
+    assert 0 < ours["memory_mb"] < naive["memory_mb"] / 2 and ours["ms"] > products["ms"] > 0
+    columns = {row.count("|") for row in table if row.startswith("|")}
+    assert columns == {11}

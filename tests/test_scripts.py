@@ -356,7 +356,12 @@ def test_opd_gradient_does_not_depend_on_the_micro_batches(run_script, checkpoin
 @pytest.mark.parametrize("teacher", ["wide", "narrow", "llama"])  # logits cached, hidden states, a head that is not tied
 def test_opd_needs_nothing_of_an_offloaded_teacher_but_its_head(run_script, checkpoints, data, teacher, monkeypatch):
     """There is no GPU to leave here: leaving it puts nan in place of every weight, and coming back restores them."""
-    args = OPD | {"teacher": getattr(checkpoints, teacher), "student": checkpoints.student, "train_data": data, "max_steps": 2}
+    args = OPD | {
+        "teacher": getattr(checkpoints, teacher),
+        "student": checkpoints.student,
+        "train_data": data,
+        "max_steps": 2,
+    }
     expected = run_script("opd", **args)
     to, weights, places = torch.nn.Module.to, {}, []
 
