@@ -359,7 +359,8 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
         raise ValueError(f"teacher must be a TeacherHead, TeacherLogits or TeacherTopK; got {type(teacher).__name__}")
     if weight is not None and weight.requires_grad:
         raise ValueError("weight is a constant of the loss and gets no gradient: pass weight.detach()")
-    refuse_dtensors({"student": student, "student_weight": head, "weight": weight, **teacher._asdict()})
+    teacher_parts = {f"teacher.{name}": tensor for name, tensor in teacher._asdict().items()}
+    refuse_dtensors({"student": student, "student_weight": head, "weight": weight, **teacher_parts})
     N = len(student)
     for name, tensor in (("teacher", teacher[0]), ("weight", weight), ("target_ids", target_ids)):
         if tensor is not None and len(tensor) != N:

@@ -80,15 +80,15 @@ def run(rank, rendezvous):
             torch.testing.assert_close(shards.grad.full_tensor(), times * reference.grad)
 
     whole_head, ids = torch.randn(VOCAB, HIDDEN), torch.zeros(len(hidden)).long()
-    for refused in (
-        lambda: fused_linear_divergence(hidden, shards, TeacherLogits(teacher_logits)),
-        lambda: fused_linear_divergence(hidden, whole_head, TeacherHead(hidden, shards)),
-        lambda: fused_linear_logprob(hidden, shards, ids),
+    for name, refused in (
+        ("student_weight", lambda: fused_linear_divergence(hidden, shards, TeacherLogits(teacher_logits))),
+        ("teacher.weight", lambda: fused_linear_divergence(hidden, whole_head, TeacherHead(hidden, shards))),
+        ("weight", lambda: fused_linear_logprob(hidden, shards, ids)),
     ):
         try:
             refused()
         except ValueError as error:
-            assert "DTensor" in str(error) and "full_tensor" in str(error)
+            assert str(error).startswith(f"{name} is a DTensor") and "full_tensor" in str(error), error
         else:
             raise AssertionError("a DTensor head was accepted")
     dist.destroy_process_group()
