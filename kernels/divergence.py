@@ -382,7 +382,8 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
                 student, head, teacher_type(*teacher), weight, target_ids, needs_grad, operand, workspace_bytes, formula
             )
 
-    tensors = student, head, weight, target_ids, *teacher
+    constants = (None if t is None else t.detach() for t in (weight, target_ids, *teacher))
+    tensors = student, head, *constants
     loss, stats, *grads = compute(*tensors)
     if any(needs_grad):
         loss = GradsInForward.apply(loss, grads, lambda *tensors: compute(*tensors)[2:], *tensors)

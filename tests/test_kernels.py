@@ -494,6 +494,23 @@ def test_only_what_requires_grad_is_computed(monkeypatch):
     assert len(calls) == 3
 
 
+def test_backward_does_not_enter_the_teachers_graph():
+    """A teacher that ran without no_grad is still a constant."""
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise AssertionError("the teacher was differentiated")
+
+    x, head, target, teacher_head = randn(N, HS, grad=True), randn(V, HS), randn(N, HT, grad=True), randn(V, HT)
+    for teacher in (TeacherHead(Poison.apply(target), teacher_head), TeacherLogits(Poison.apply(target) @ teacher_head.T)):
+        fused_linear_divergence(x, head, teacher)[0].backward()
+
+
 def test_tied_head():
     """The embedding is the head: autograd adds the gradients of its two uses."""
     embedding, tokens = randn(V, HS, grad=True), torch.randint(V, (N,))
