@@ -289,7 +289,7 @@ def peak_memory_in_own_process(name, kind, args):
     for field in ("tokens", "vocab", "student_hidden", "teacher_hidden", "workspace_mb", "device"):
         if getattr(args, field) is not None:
             command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
-    command += ["--frozen-head"] if args.frozen_head else []
+    command += ["--frozen-head"] * args.frozen_head + ["--no-equal-workspace"] * (not args.equal_workspace)
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
