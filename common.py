@@ -267,9 +267,10 @@ def load_tokenizer(path: str, flag: str):
     return tokenizer
 
 
-def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard: bool = False):
+def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard=False, offload=False):
     """Causal LM in eval mode (no dropout, whose noise would break the importance ratio). Trainable weights are float32
-    masters (float64 under --dtype float64); frozen ones are stored in the compute dtype. Sharded if there are ranks."""
+    masters (float64 under --dtype float64); frozen ones are stored in the compute dtype. Sharded if there are ranks.
+    With `offload` it waits in the CPU's memory: sharded weights are fetched layer by layer, a whole model by `move`."""
     master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
 
     def load():
@@ -277,9 +278,9 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
 
     try:
         if parallel.world_size() == 1:
-            model = load().to(device)
+            model = load().to("cpu" if offload else device)
         else:
-            model = parallel.load_sharded(path, load, master, dtype, hybrid_shard)
+            model = parallel.load_sharded(path, load, master, dtype, hybrid_shard, offload)
     except (OSError, ValueError, SafetensorError) as error:
         raise explain_missing(flag, path, error) from None
     try:
@@ -287,6 +288,12 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
     except ValueError as error:
         raise UsageError(f"{flag} {path}: {error}; use a Qwen or Llama checkpoint") from None
     return model.eval().requires_grad_(trainable)
+
+
+def move(model, device) -> None:
+    """Move a whole model; a sharded one has its place, or with `offload` moves itself."""
+    if parallel.world_size() == 1:
+        model.to(device)
 
 
 def enable_gradient_checkpointing(model) -> None:
@@ -341,8 +348,8 @@ def response_hidden(model, prompts: list[list[int]], responses: list[list[int]])
         predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
     forward = getattr(model, "hooked_base_model", model.base_model)  # the former gathers a sharded model's weights
     hidden = forward(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
-    ids = torch.cat([torch.tensor(response) for response in responses]).to(model.device)
-    return hidden[predicts.to(model.device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)
+    ids = torch.cat([torch.tensor(response) for response in responses]).to(hidden.device)
+    return hidden[predicts.to(hidden.device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)
 
 
 def clip_gradients(model, max_norm: float) -> float:

@@ -97,12 +97,19 @@ class Args:
     """gradient clipping"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    offload_teacher: bool = False
+    """keep the teacher in the CPU's memory except while it scores; its head stays on the GPU"""
 
     # loss
     loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled"] = "reverse_kl"
     """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone"""
     jsd_beta: float = 0.5
     """jsd's weight of the teacher in the mixture: 0 is forward_kl, 1 is reverse_kl"""
+
+
+def to_host(cache):
+    """On CUDA into pinned memory, which the GPU copies from and to on its own. The copy may still be under way."""
+    return torch.empty(cache.shape, dtype=cache.dtype, pin_memory=cache.is_cuda).copy_(cache, non_blocking=True)
 
 
 def main(args: Args) -> None:
@@ -150,7 +157,9 @@ def main(args: Args) -> None:
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
-    teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False, hybrid_shard=args.hybrid_shard)
+    teacher = common.load_model(
+        args.teacher, "--teacher", device, dtype, False, hybrid_shard=args.hybrid_shard, offload=args.offload_teacher
+    )
     cache_logits = teacher.config.vocab_size <= teacher.config.hidden_size  # whichever is smaller per token
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
@@ -188,14 +197,16 @@ def main(args: Args) -> None:
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         score_start = time.time()
         cached = []  # per micro-batch (N, Ht) hidden states or (N, V) logits, on the CPU
+        common.move(teacher, device)
         for micro_batch in micro_batches:
-            teacher_prompt_ids, chosen_ids = (
-                [teacher_prompts[batch[k]] for k in micro_batch],
-                [response_ids[k] for k in micro_batch],
-            )
+            prompt_ids, chosen_ids = [teacher_prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
             with torch.no_grad(), common.autocast(device, dtype):
-                hidden, teacher_head, _ = common.response_hidden(teacher, teacher_prompt_ids, chosen_ids)
-                cached.append((hidden @ teacher_head.T if cache_logits else hidden.to(dtype)).cpu())
+                hidden, teacher_head, _ = common.response_hidden(teacher, prompt_ids, chosen_ids)
+                cached.append(to_host(hidden @ teacher_head.T if cache_logits else hidden.to(dtype)))
+            teacher_head = teacher_head.detach()  # stays here when the teacher leaves
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the copies into pinned memory
+        common.move(teacher, "cpu" if args.offload_teacher else device)
         score_time = time.time() - score_start
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
@@ -205,7 +216,7 @@ def main(args: Args) -> None:
             prompt_ids, chosen_ids = [prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
             with common.autocast(device, dtype):
                 hidden, head, ids = common.response_hidden(model, prompt_ids, chosen_ids)  # (N, H), (V, H), (N,)
-                target = target.to(device)  # (N, V) or (N, Ht)
+                target = target.to(device, non_blocking=True)  # (N, V) or (N, Ht)
                 target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
                 weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
                 options = {"weight": weight, "jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}

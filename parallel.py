@@ -16,7 +16,13 @@ import types
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -97,7 +103,7 @@ def all_reduce(values: torch.Tensor, largest: bool = False) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- sharded models
-def shard(model, dtype: torch.dtype, hybrid: bool):
+def shard(model, dtype: torch.dtype, hybrid: bool, offload: bool) -> None:
     """FSDP2 in place over all ranks, or with `hybrid` within each node and replicated across nodes. Weights are gathered
     in the compute dtype, a layer at a time; gradients are reduced in float32 and averaged over the ranks.
 
@@ -107,6 +113,8 @@ def shard(model, dtype: torch.dtype, hybrid: bool):
     shape = (world_size() // local, local) if hybrid else (world_size(),)
     mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", shape)
     options = {"mesh": mesh}
+    if offload and torch.cuda.is_available():
+        options["offload_policy"] = CPUOffloadPolicy()
     if dtype == torch.bfloat16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.base_model.layers:
@@ -136,14 +144,14 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_sharded(path: str, load, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool):
+def load_sharded(path: str, load, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool, offload: bool):
     """The model that `load()` returns, sharded. Only rank 0 calls it, so that a node holds one whole copy, not eight."""
     loaded = load() if rank() == 0 else None
     with no_init_weights():  # pages that nothing writes take no memory
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
     model.tie_weights()
     model.generation_config = on_rank_zero(lambda: loaded.generation_config)
-    shard(model, compute_dtype, hybrid)
+    shard(model, compute_dtype, hybrid, offload)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, {} if loaded is None else loaded.state_dict(), options=options)
     return model

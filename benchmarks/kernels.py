@@ -6,10 +6,12 @@
 
 Correctness first: each contestant's gradients against float64 on a few tokens. Then time: one round runs every
 contestant once, `--rounds` rounds, medians; a ratio is the median over rounds of the ratio within a round, so a machine
-that slows down for a while does not decide it. Then memory: the peak of one loss + backward beyond the inputs, on a CPU
-in a process of its own. Prints a table and one line of JSON; `--out` appends both to a Markdown file.
+that slows down for a while does not decide it. Then memory: the peak of one loss + backward beyond the inputs, after one
+that loaded and compiled what there is to, on a CPU in a process of its own; and what of it is not the gradients, which
+every implementation must return. Prints a table and one line of JSON; `--out` appends both to a Markdown file.
 """
 
+import ctypes
 import gc
 import json
 import platform
@@ -56,6 +58,8 @@ class Args:
     """our workspace; default the library's"""
     equal_workspace: bool = True
     """on a CPU: give ours the workspace that TRL's two tiles take"""
+    frozen_head: bool = False
+    """no gradient for the student's head"""
     memory: bool = True
     """measure peak memory"""
     seed: int = 0
@@ -155,7 +159,9 @@ class Products(torch.autograd.Function):
         C = rows_per_chunk(len(x), V * (8 + (0 if in_place else operand.itemsize)), workspace_bytes, x.device)
         zs, zt = (empty_logits(C, V, torch.float32, x.device) for _ in range(2))
         dz = zs if in_place else empty_logits(C, V, operand, x.device).zero_()
-        dx, dhead = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        dx, dhead = torch.empty_like(x), None
+        if ctx.needs_input_grad[1]:
+            dhead = torch.zeros_like(head, dtype=torch.float32)
         for start in range(0, len(x), C):
             rows = slice(start, min(start + C, len(x)))
             c = rows.stop - start
@@ -168,7 +174,7 @@ class Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dhead = ctx.saved_tensors
-        return dx, dhead.to(dx.dtype), None, None, None
+        return dx, None if dhead is None else dhead.to(dx.dtype), None, None, None
 
 
 def products(kind, args):
@@ -191,7 +197,7 @@ CONTESTANTS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_inputs(args, tokens=None, requires_grad=True):
+def make_inputs(args, tokens=None):
     """Student logits of standard deviation 3; the teacher's are those plus noise of standard deviation `closeness`."""
     tokens = tokens or args.tokens
     generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -206,27 +212,28 @@ def make_inputs(args, tokens=None, requires_grad=True):
     target, teacher_head = randn(tokens, Ht, 1.0), randn(V, Ht, 3 / Hs**0.5 * noise)
     target[:, :Hs].mul_(noise).add_(x)
     teacher_head[:, :Hs].add_(head)
-    return [x.requires_grad_(requires_grad), head.requires_grad_(requires_grad), target, teacher_head]
+    return [x.requires_grad_(), head.requires_grad_(not args.frozen_head), target, teacher_head]
 
 
 def step(loss_function, inputs):
-    loss = loss_function(*inputs)
-    grads = torch.autograd.grad(loss, inputs[:2])
-    return loss.detach(), grads
+    """-> the gradients of what requires one: the hidden states, and the head unless it is frozen."""
+    return torch.autograd.grad(loss_function(*inputs), [t for t in inputs if t.requires_grad])
 
 
 def reference_grads(kind, args):
     """In float64, over as many tokens as float64 logits fit easily."""
     inputs = make_inputs(args, tokens=min(args.tokens, 64))
-    x, head, target, teacher_head = (t.detach().double() for t in inputs)
-    x.requires_grad_(), head.requires_grad_()
-    loss = reference_divergence(x @ head.T, target @ teacher_head.T, kind, 0.5).mean()
-    return inputs, torch.autograd.grad(loss, (x, head))
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+
+    def loss(x, head, target, teacher_head):
+        return reference_divergence(x @ head.T, target @ teacher_head.T, kind, 0.5).mean()
+
+    return inputs, step(loss, wide)
 
 
 def gradient_errors(loss_function, inputs, references):
     """Relative errors of dX and dW."""
-    _, grads = step(loss_function, inputs)
+    grads = step(loss_function, inputs)
     return [((g - r).norm() / r.norm()).item() for g, r in zip(grads, references, strict=True)]
 
 
@@ -240,17 +247,22 @@ def synchronize(args):
 
 
 def time_once(function, args):
+    """Milliseconds; of CPU time where there is one thread, which other jobs on the machine lengthen less."""
+    clock = time.process_time if args.device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronize(args)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(args)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def peak_memory_mb(name, kind, args):
-    """Peak of the first loss + backward, beyond what was there before it."""
+    """Peak of one loss + backward beyond what was there before it. The first such step loads and compiles code."""
     loss_function = CONTESTANTS[name](kind, args)
     inputs = make_inputs(args)
+    compiled = name in ("naive compiled", "liger chunked")
+    small = [t[:2].detach().requires_grad_(t.requires_grad) for t in inputs]
+    step(loss_function, inputs if compiled or args.device == "cuda" else small)
     gc.collect()
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -259,8 +271,8 @@ def peak_memory_mb(name, kind, args):
         step(loss_function, inputs)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    step(loss_function, [t[:2].detach().requires_grad_(t.requires_grad) for t in inputs])  # load the libraries' code
-    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, so that it counts again when it is used
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     before = process_memory_mb("VmRSS")
     step(loss_function, inputs)
     return process_memory_mb("VmHWM") - before
@@ -277,6 +289,7 @@ def peak_memory_in_own_process(name, kind, args):
     for field in ("tokens", "vocab", "student_hidden", "teacher_hidden", "workspace_mb", "device"):
         if getattr(args, field) is not None:
             command += [f"--{field.replace('_', '-')}", str(getattr(args, field))]
+    command += ["--frozen-head"] * args.frozen_head + ["--no-equal-workspace"] * (not args.equal_workspace)
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -360,25 +373,32 @@ def main(args):
                 )
             )  # fmt: skip
 
+    # dX and dW, which every implementation must return, in the inputs' dtype
+    element = 2 if args.device == "cuda" else 4
+    gradients_mb = element * args.student_hidden * (args.tokens + (0 if args.frozen_head else args.vocab)) / 2**20
     naive_memory = {r["kind"]: r["memory_mb"] for r in results if r["name"] == "naive"}
     lines = [
-        "| divergence | implementation | ms | ours takes | extra peak MB | of naive's | error of dX | error of dW |",
-        "|---|---|---|---|---|---|---|---|",
+        "| divergence | implementation | ms | ours takes | peak MB | of naive's | less gradients MB | of naive's "
+        "| error of dX | error of dW |",
+        "|" + 10 * "---|",
     ]
     for r in results:
-        share = r["memory_mb"] / naive_memory[r["kind"]] if r["memory_mb"] and naive_memory.get(r["kind"]) else None
-        cells = [r["kind"], r["name"], f"{r['ms']:.1f}"]
-        cells += [f"{r['ours_over_this']:.2f} x" if r["ours_over_this"] else "", f"{r['memory_mb'] or 0:.0f}"]
-        cells += [f"{share:.2f}" if share else "", *(f"{e:.1e}" for e in r["errors"] or ())]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [r["kind"], r["name"], f"{r['ms']:.1f}", f"{r['ours_over_this']:.2f} x" if r["ours_over_this"] else ""]
+        peak, naive_peak = r["memory_mb"], naive_memory.get(r["kind"])
+        for beside in (0, gradients_mb):
+            cells += [f"{peak - beside:.0f}" if peak else ""]
+            cells += [f"{(peak - beside) / (naive_peak - beside):.2f}" if peak and naive_peak else ""]
+        cells += [f"{e:.1e}" for e in r["errors"] or ()]
+        lines.append("| " + " | ".join(cells + [""] * (10 - len(cells))) + " |")
     bandwidth = dict(copy_gb_s=copy_bandwidth(args), from_logits_gb_s=logits_kernel_bandwidth(args))
     notes = [f"{name}: {why}" for name, why in missing.items()]
     notes.append("copy {copy_gb_s:.1f} GB/s, divergence_from_logits {from_logits_gb_s:.1f} GB/s".format(**bandwidth))
     where = f"{machine(args)}; torch {torch.__version__}; N = {args.tokens}, V = {args.vocab}, "
-    where += f"hidden {args.student_hidden} and {args.teacher_hidden}; "
+    where += f"hidden {args.student_hidden} and {args.teacher_hidden}{', head frozen' if args.frozen_head else ''}; "
+    where += f"gradients {gradients_mb:.0f} MB; "
     where += f"workspace {args.workspace_mb or 'default'} MB; {args.rounds} rounds"
     summary = dict(asdict(replace(args, out=None)), machine=machine(args), torch=torch.__version__, results=results,
-                   missing=missing, **bandwidth)  # fmt: skip
+                   gradients_mb=gradients_mb, missing=missing, **bandwidth)  # fmt: skip
     text = "\n".join([where, "", *lines, "", *notes])
     print(text)
     print(json.dumps(summary))

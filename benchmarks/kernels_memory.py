@@ -25,15 +25,14 @@ if __name__ == "__main__":
     spec.loader.exec_module(benchmark)
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in (("naive", "o--"), ("ours", "o-")):
+    sizes = dict(vocab=VOCAB, student_hidden=HIDDEN, teacher_hidden=HIDDEN, equal_workspace=False)
+    for label, style in (("naive", "o--"), ("ours", "o-"), ("ours, head frozen", "o:")):
         peaks = []
         for tokens in TOKENS:
-            args = benchmark.Args(
-                tokens=tokens, vocab=VOCAB, student_hidden=HIDDEN, teacher_hidden=HIDDEN, equal_workspace=False
-            )
-            peaks.append(benchmark.peak_memory_in_own_process(name, "reverse_kl", args) / 1024)
-            print(f"{name}, N = {tokens}: {peaks[-1]:.2f} GB", flush=True)
-        axes.plot(TOKENS, peaks, style, label=name)
+            args = benchmark.Args(tokens=tokens, frozen_head="frozen" in label, **sizes)
+            peaks.append(benchmark.peak_memory_in_own_process(label.split(",")[0], "reverse_kl", args) / 1024)
+            print(f"{label}, N = {tokens}: {peaks[-1]:.2f} GB", flush=True)
+        axes.plot(TOKENS, peaks, style, label=label)
     axes.axhline(VOCAB * HIDDEN * 4 / 2**30, color="gray", linewidth=0.8, label="dW alone")
     axes.set(
         xlabel="tokens N", ylabel="peak beyond the inputs (GB)", ylim=(0, None),

@@ -38,8 +38,9 @@ from kernels.linear import (
 )
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
-# The torch leaves work on a few rows at a time: on a CPU their temporaries then stay in the cache.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# The torch leaves work on a few rows at a time: on a CPU, one of 151,936 logits for each thread, their temporaries then
+# stay in the cache (six rows take twice the time a row).
+BLOCK_ELEMENTS = {"cpu": torch.get_num_threads() << 18, "cuda": 1 << 26}
 
 
 class TeacherHead(NamedTuple):
@@ -358,7 +359,8 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
         raise ValueError(f"teacher must be a TeacherHead, TeacherLogits or TeacherTopK; got {type(teacher).__name__}")
     if weight is not None and weight.requires_grad:
         raise ValueError("weight is a constant of the loss and gets no gradient: pass weight.detach()")
-    refuse_dtensors({"student": student, "student_weight": head, "weight": weight, **teacher._asdict()})
+    teacher_parts = {f"teacher.{name}": tensor for name, tensor in teacher._asdict().items()}
+    refuse_dtensors({"student": student, "student_weight": head, "weight": weight, **teacher_parts})
     N = len(student)
     for name, tensor in (("teacher", teacher[0]), ("weight", weight), ("target_ids", target_ids)):
         if tensor is not None and len(tensor) != N:
@@ -372,12 +374,19 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
     formula = Formula(kind, float(jsd_beta), 1 / temperature, weight_fn)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head)]
     operand = operand_dtype(student)  # reads the autocast state, which the products below must not see
-    with torch.autocast(student.device.type, enabled=False):
-        loss, stats, *grads = loss_and_grads(
-            student, head, teacher, weight, target_ids, needs_grad, operand, workspace_bytes, formula
-        )
+    teacher_type = type(teacher)
+
+    def compute(student, head, weight, target_ids, *teacher):
+        with torch.autocast(student.device.type, enabled=False):
+            return loss_and_grads(
+                student, head, teacher_type(*teacher), weight, target_ids, needs_grad, operand, workspace_bytes, formula
+            )
+
+    constants = (None if t is None else t.detach() for t in (weight, target_ids, *teacher))
+    tensors = student, head, *constants
+    loss, stats, *grads = compute(*tensors)
     if any(needs_grad):
-        loss = GradsInForward.apply(loss, student, head, *grads)
+        loss = GradsInForward.apply(loss, grads, lambda *tensors: compute(*tensors)[2:], *tensors)
     return loss, stats
 
 

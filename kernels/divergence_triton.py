@@ -27,6 +27,15 @@ def load_logits(ptr, columns, V, inv_t):
 
 
 @triton.jit
+def load_both(zs_ptr, zt_ptr, columns, V, inv_t):
+    """Student's and teacher's logits, and their gap. The gap is scaled last: the compiler may fuse one of two products
+    with their difference, and logits that are the same would differ by its rounding."""
+    zs = load_logits(zs_ptr, columns, V, 1.0)
+    zt = load_logits(zt_ptr, columns, V, 1.0)
+    return zs * inv_t, zt * inv_t, (zs - zt) * inv_t
+
+
+@triton.jit
 def tile_columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):  # (BLOCK / VECTOR, VECTOR)
     threads = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
     return start + threads + tl.arange(0, VECTOR)[None, :]
@@ -83,9 +92,7 @@ def stats_kernel(
     top_t, total_t, sum_zt, gap_t = zero - float("inf"), zero, zero, zero
     for start in tl.range(0, V, BLOCK, num_stages=2):
         columns = tile_columns(start, BLOCK, VECTOR)
-        zs = load_logits(zs_ptr, columns, V, inv_t)
-        zt = load_logits(zt_ptr, columns, V, inv_t)
-        gap = zs - zt
+        zs, zt, gap = load_both(zs_ptr, zt_ptr, columns, V, inv_t)
         top_s, total_s, sum_zs, gap_s = fold(top_s, total_s, sum_zs, gap_s, zs, gap)
         top_t, total_t, sum_zt, gap_t = fold(top_t, total_t, sum_zt, gap_t, zt, gap)
     max_s, log_s, mean_zs, mean_gap_s = merge(top_s, total_s, sum_zs, gap_s)
@@ -133,9 +140,8 @@ def jsd_kernel(
     kl_teacher = tl.zeros((BLOCK // VECTOR,), tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=2):
         columns = tile_columns(start, BLOCK, VECTOR)
-        zs = load_logits(zs_ptr, columns, V, inv_t)
-        zt = load_logits(zt_ptr, columns, V, inv_t)
-        d, ratio_s = log_ratio_to_mixture((zs - zt) - (log_z_s - log_z_t), jsd_beta)
+        zs, zt, gap = load_both(zs_ptr, zt_ptr, columns, V, inv_t)
+        d, ratio_s = log_ratio_to_mixture(gap - (log_z_s - log_z_t), jsd_beta)
         kl_student += tl.sum(tl.exp(zs - log_z_s) * ratio_s, 1)
         kl_teacher += tl.sum(tl.exp(zt - log_z_t) * (ratio_s - d), 1)
     row_kl_student = tl.sum(kl_student, 0)
@@ -161,8 +167,7 @@ def grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    zs = load_logits(zs_ptr + row * zs_stride, columns, V, inv_t)
-    zt = load_logits(zt_ptr + row * zt_stride, columns, V, inv_t)
+    zs, zt, gap = load_both(zs_ptr + row * zs_stride, zt_ptr + row * zt_stride, columns, V, inv_t)
     table_ptr += row * 9
     scale = tl.load(scale_ptr + row)
     log_z_s, log_z_t = tl.load(table_ptr + 4), tl.load(table_ptr + 5)
@@ -170,9 +175,9 @@ def grad_kernel(
     if KIND == FORWARD_KL:
         dz = ps - tl.exp(zt - log_z_t)
     elif KIND == REVERSE_KL:
-        dz = tl.where(ps > 0.0, ps * ((zs - zt) - tl.load(table_ptr + 6)), 0.0)
+        dz = tl.where(ps > 0.0, ps * (gap - tl.load(table_ptr + 6)), 0.0)
     else:
-        d, ratio_s = log_ratio_to_mixture((zs - zt) - (log_z_s - log_z_t), jsd_beta)
+        d, ratio_s = log_ratio_to_mixture(gap - (log_z_s - log_z_t), jsd_beta)
         dz = (1.0 - jsd_beta) * ps * (ratio_s - tl.load(table_ptr + 8))
     tl.store(dz_ptr + row * dz_stride + columns, (dz * scale).to(dz_ptr.dtype.element_ty), mask=columns < V)
 

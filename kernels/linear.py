@@ -35,8 +35,8 @@ def refuse_dtensors(tensors):
     for name, tensor in tensors.items():
         if hasattr(tensor, "device_mesh"):
             raise ValueError(
-                f"{name} is a DTensor, one rank's shard: compute the loss inside the module's forward, where FSDP2 "
-                "has unsharded the head, or pass weight.full_tensor()"
+                f"{name} is a DTensor, one rank's shard: compute the loss inside the module's forward, where FSDP2 has "
+                "unsharded the head, or pass weight.full_tensor(grad_placements=[Partial()]), which sums over the ranks"
             )
 
 
@@ -101,23 +101,34 @@ def reduce_grads(dlogits, hidden, head, needs_hidden, dhead):  # (c, V), (c, H),
     return torch.mm(dlogits, head) if needs_hidden else None
 
 
-class GradsInForward(torch.autograd.Function):
-    """Ties gradients that were computed together with a scalar loss into autograd; backward only scales them.
+def refuse_second_derivative():
+    """For a backward: autograd runs it with gradients enabled only where its own result is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused losses cannot be differentiated twice: call backward without create_graph=True")
 
-    Out of place, so that a second backward through a retained graph starts from the same numbers.
+
+class GradsInForward(torch.autograd.Function):
+    """Ties gradients that were computed together with a scalar loss into autograd.
+
+    The first backward scales them in place and hands them over: nothing here refers to them any more, so autograd makes
+    the head's gradient, the largest tensor of all, the parameter's .grad without a copy. A further backward through a
+    retained graph has nothing left to start from and computes them again: `recompute(student, head, *constants)`.
     """
 
     @staticmethod
-    def forward(ctx, loss, student, head, dstudent, dhead):
-        ctx.save_for_backward(dstudent, dhead)
-        ctx.dtypes = student.dtype, None if head is None else head.dtype
+    def forward(ctx, loss, grads, recompute, student, head, *constants):
+        ctx.grads, ctx.recompute = grads, recompute
+        ctx.save_for_backward(student, head, *constants)
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        def scale(grad, dtype):
-            # `out` rounds once to the parameter's dtype, without a second fp32 copy of the head's gradient
-            return None if grad is None else torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype))
+        refuse_second_derivative()
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            grads = ctx.recompute(*ctx.saved_tensors)  # freed by now without retain_graph: autograd says so
+        return None, None, None, *(scale_(grad, grad_loss) for grad in grads), *[None] * (len(ctx.needs_input_grad) - 5)
 
-        return None, *map(scale, ctx.saved_tensors, ctx.dtypes), None, None
+
+def scale_(grad, factor):
+    return None if grad is None else grad.mul_(factor)

@@ -25,6 +25,7 @@ from kernels.linear import (
     project,
     reduce_grads,
     refuse_dtensors,
+    refuse_second_derivative,
     result_dtype,
     rows_per_chunk,
 )
@@ -108,8 +109,8 @@ class LinearLogprob(torch.autograd.Function):
         return (logit - log_z).squeeze(1), entropy.squeeze(1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
+        refuse_second_derivative()
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 6
         hidden, weight, ids, log_z, entropy = ctx.saved_tensors

@@ -1,5 +1,7 @@
 """Whole losses on a GPU, Triton leaves included, against float64. Run in its own process; needs a CUDA device."""
 
+import itertools
+
 import torch
 
 from kernels import (
@@ -84,8 +86,9 @@ for V, dtype in ((1000, torch.float32), (151669, torch.bfloat16), (151936, torch
     )  # fmt: skip
 
 # identical models: exactly 0, gradient included
-for kind, jsd_beta in KINDS:
-    loss, _ = fused_linear_divergence(x, head, TeacherHead(x.detach(), head.detach()), kind=kind, jsd_beta=jsd_beta)
+for (kind, jsd_beta), temperature in itertools.product(KINDS, (1.0, 0.7)):
+    teacher = TeacherHead(x.detach(), head.detach())
+    loss, _ = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta, temperature=temperature)
     assert loss == 0 and all((grad == 0).all() for grad in torch.autograd.grad(loss, (x, head)))
 
 # beyond 2^31 logits: the last rows equal the first

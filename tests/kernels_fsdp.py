@@ -1,4 +1,4 @@
-"""Two FSDP2 ranks with half the batch each equal one process with all of it: loss, gradients, and the refusal.
+"""Two FSDP2 ranks with half the batch each equal one process with all of it: loss, gradients, a gathered head, refusals.
 Starts both ranks itself (gloo, CPU).
 """
 
@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
-from kernels import TeacherLogits, fused_linear_divergence
+from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
 
 B, HIDDEN, VOCAB = 12, 8, 37
 
@@ -59,13 +60,37 @@ def run(rank, rendezvous):
         for parameter, reference in zip(model.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad.full_tensor(), reference.grad)
 
+    # the head gathered by hand: its gradient goes back through autograd, summed over the ranks, to the shards
     model.reshard()
-    try:
-        fused_linear_divergence(inputs[half], model.head.weight, TeacherLogits(teacher_logits[half]))
-    except ValueError as error:
-        assert "DTensor" in str(error)
-    else:
-        raise AssertionError("a DTensor head was accepted")
+    shards = model.head.weight
+    assert isinstance(shards, DTensor)
+    hidden, teacher_logits, weight = inputs[half], teacher_logits[half], weight[half]
+    for kind in ("reverse_kl", "logprob"):
+
+        def loss_of(hidden, head, teacher_logits, weight, kind=kind):
+            if kind == "logprob":
+                return (weight * fused_linear_logprob(hidden, head, torch.zeros(len(hidden)).long())[0]).sum()
+            return fused_linear_divergence(hidden, head, TeacherLogits(teacher_logits), weight=weight)[0]
+
+        reference = whole.head.weight.detach().clone().requires_grad_()
+        loss_of(batch()[0], reference, batch()[1], mask + 0.1).backward()
+        shards.grad = None
+        for times in (1, 2):  # two micro-batches into one .grad
+            loss_of(hidden, shards.full_tensor(grad_placements=[Partial()]), teacher_logits, weight).backward()
+            torch.testing.assert_close(shards.grad.full_tensor(), times * reference.grad)
+
+    whole_head, ids = torch.randn(VOCAB, HIDDEN), torch.zeros(len(hidden)).long()
+    for name, refused in (
+        ("student_weight", lambda: fused_linear_divergence(hidden, shards, TeacherLogits(teacher_logits))),
+        ("teacher.weight", lambda: fused_linear_divergence(hidden, whole_head, TeacherHead(hidden, shards))),
+        ("weight", lambda: fused_linear_logprob(hidden, shards, ids)),
+    ):
+        try:
+            refused()
+        except ValueError as error:
+            assert str(error).startswith(f"{name} is a DTensor") and "full_tensor" in str(error), error
+        else:
+            raise AssertionError("a DTensor head was accepted")
     dist.destroy_process_group()
 
 

@@ -70,8 +70,8 @@ check_divergence(3 * torch.randn(1, 151669), 3 * torch.randn(1, 151669), "V = 15
 
 # identical models: exactly 0, and so is the gradient
 z = 3 * torch.randn(2, 5000)
-for kind, jsd_beta in KINDS:
-    leaf, dz = triton_stats(z, z.clone(), kind, jsd_beta, 1.0), torch.empty_like(z)
+for (kind, jsd_beta), temperature in itertools.product(KINDS, (1.0, 0.7)):
+    leaf, dz = triton_stats(z, z.clone(), kind, jsd_beta, 1 / temperature), torch.empty_like(z)
     triton_grad(leaf, torch.ones(2, 1), kind, jsd_beta, dz)
     assert (leaf.divergence == 0).all() and (dz == 0).all(), kind
 

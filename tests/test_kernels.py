@@ -6,6 +6,7 @@ GPU, kernels_cuda.py compares whole losses.
 """
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from torch.autograd import gradcheck
 
 import kernels.divergence
+import kernels.linear
+import kernels.logprob
 from kernels import (
     TeacherHead,
     TeacherLogits,
@@ -188,11 +191,12 @@ def test_topk_with_all_mass_in_the_top_is_finite():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("kind", "jsd_beta"), [*KINDS, ("jsd", 0.3), ("jsd", 0.7)])
-def test_identical_models_give_exactly_zero(kind, jsd_beta):
+def test_identical_models_give_exactly_zero(kind, jsd_beta, temperature):
     x, head = randn(N, HS, dtype=torch.float32, grad=True), randn(1000, HS, dtype=torch.float32, grad=True)
     teacher = TeacherHead(x.detach().clone(), head.detach().clone())
-    loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta)
+    loss, stats = fused_linear_divergence(x, head, teacher, kind=kind, jsd_beta=jsd_beta, temperature=temperature)
     loss.backward()
     assert loss == 0 and (stats.forward_kl == 0).all() and (stats.reverse_kl == 0).all()
     assert (x.grad == 0).all() and (head.grad == 0).all()
@@ -365,24 +369,102 @@ def test_masked_rows_are_not_touched():
     assert (x.grad[[1, 4]] == 0).all()
 
 
-def test_upstream_gradient_and_retain_graph():
-    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
-    loss, _ = fused_linear_divergence(x, head, teacher)
+def fused_losses():
+    """name -> a scalar of (x, head), one through each autograd function."""
+    teacher, ids = TeacherHead(randn(N, HT), randn(V, HT)), torch.randint(V, (N,))
+    return {
+        "divergence": lambda x, head: fused_linear_divergence(x, head, teacher)[0],
+        "from logits": lambda x, head: divergence_from_logits(x @ head.T, teacher)[0],
+        "logprob": lambda x, head: sum(value.sum() for value in fused_linear_logprob(x, head, ids)),
+    }
+
+
+@pytest.mark.parametrize("name", fused_losses())
+def test_upstream_gradient_and_retain_graph(name):
+    """The first backward gives its gradients away; the next ones start from the inputs again, whatever came before."""
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()[name](x, head)
+    zero = torch.autograd.grad(0 * loss, (x, head), retain_graph=True)
     once = torch.autograd.grad(loss, (x, head), retain_graph=True)
     scaled = torch.autograd.grad(3.7 * loss, (x, head), retain_graph=True)
+    (only_head,) = torch.autograd.grad(-loss, head, retain_graph=True)
     loss.backward(retain_graph=True)
     loss.backward()
-    for first, second, accumulated in zip(once, scaled, (x.grad, head.grad), strict=True):
-        torch.testing.assert_close(second, 3.7 * first)
-        torch.testing.assert_close(accumulated, 2 * first)
+    torch.testing.assert_close(only_head, -once[1])
+    for first, second, third, accumulated in zip(zero, once, scaled, (x.grad, head.grad), strict=True):
+        assert (first == 0).all() and (second != 0).any()
+        torch.testing.assert_close(third, 3.7 * second)
+        torch.testing.assert_close(accumulated, 2 * second)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
-def test_differentiating_twice_is_refused():
-    x, teacher = randn(N, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
-    loss, _ = fused_linear_divergence(x, randn(V, HS), teacher)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        grad.sum().backward()
+def test_a_second_backward_refuses_weights_that_have_changed():
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()["divergence"](x, head)
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        head += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.fixture
+def heads_gradients(monkeypatch):
+    """Addresses of the (V, H) tensors that the losses sum the head's gradient in."""
+    addresses = []
+    reduce_grads = kernels.linear.reduce_grads
+
+    def spy(dlogits, hidden, head, needs_hidden, dhead):
+        if dhead is not None and dhead.data_ptr() not in addresses:
+            addresses.append(dhead.data_ptr())
+        return reduce_grads(dlogits, hidden, head, needs_hidden, dhead)
+
+    for module in (kernels.divergence, kernels.logprob):
+        monkeypatch.setattr(module, "reduce_grads", spy)
+    return addresses
+
+
+@pytest.mark.parametrize("name", ["divergence", "logprob"])
+def test_the_heads_gradient_is_handed_over_without_a_copy(name, heads_gradients):
+    """The largest tensor of all becomes head.grad itself, or what the next function back receives."""
+    x, head, loss_of = randn(N, HS), randn(V, HS, grad=True), fused_losses()[name]
+    loss_of(x, head).backward()
+    assert heads_gradients == [head.grad.data_ptr()]
+    once, address = head.grad.clone(), head.grad.data_ptr()
+    loss_of(x, head).backward()  # the next micro-batch: added to the gradient that is there
+    assert head.grad.data_ptr() == address
+    torch.testing.assert_close(head.grad, 2 * once)
+
+
+@pytest.mark.parametrize("name", ["divergence", "logprob"])
+def test_a_head_gathered_from_shards_passes_its_gradient_on(name, heads_gradients):
+    """As an unsharded FSDP2 head: no leaf, so the same tensor goes to the function that gathered it."""
+    received = []
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, shard):
+            return torch.cat((shard, shard))
+
+        @staticmethod
+        def backward(ctx, grad):
+            received.append(grad.data_ptr())
+            return grad[:V] + grad[V:]
+
+    x, shard, loss_of = randn(N, HS), randn(V, HS, grad=True), fused_losses()[name]
+    (grad,) = torch.autograd.grad(loss_of(x, Gather.apply(shard)), shard)
+    assert received == heads_gradients
+    (expected,) = torch.autograd.grad(loss_of(x, torch.cat((shard, shard))), shard)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", fused_losses())
+def test_differentiating_twice_is_refused(name):
+    x, head = randn(N, HS, grad=True), randn(V, HS, grad=True)
+    loss = fused_losses()[name](x, head)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss + (x**2).sum(), x, create_graph=True)
 
 
 def test_only_what_requires_grad_is_computed(monkeypatch):
@@ -412,13 +494,37 @@ def test_only_what_requires_grad_is_computed(monkeypatch):
     assert len(calls) == 3
 
 
+def test_backward_does_not_enter_the_teachers_graph():
+    """A teacher that ran without no_grad is still a constant."""
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise AssertionError("the teacher was differentiated")
+
+    x, head, target, teacher_head = randn(N, HS, grad=True), randn(V, HS), randn(N, HT, grad=True), randn(V, HT)
+    for teacher in (TeacherHead(Poison.apply(target), teacher_head), TeacherLogits(Poison.apply(target) @ teacher_head.T)):
+        fused_linear_divergence(x, head, teacher)[0].backward()
+
+
 def test_tied_head():
     """The embedding is the head: autograd adds the gradients of its two uses."""
     embedding, tokens = randn(V, HS, grad=True), torch.randint(V, (N,))
     teacher_logits = randn(N, V)
-    loss, _ = fused_linear_divergence(torch.tanh(embedding[tokens]), embedding, TeacherLogits(teacher_logits))
+
+    def loss():
+        return fused_linear_divergence(torch.tanh(embedding[tokens]), embedding, TeacherLogits(teacher_logits))[0]
+
     expected = reference_divergence(torch.tanh(embedding[tokens]) @ embedding.T, teacher_logits, "reverse_kl").sum()
-    torch.testing.assert_close(*(torch.autograd.grad(value, embedding)[0] for value in (loss, expected)))
+    (reference,) = torch.autograd.grad(expected, embedding)
+    torch.testing.assert_close(torch.autograd.grad(loss(), embedding)[0], reference)
+    for _ in range(2):  # two micro-batches into one .grad
+        (3 * loss()).backward()
+    torch.testing.assert_close(embedding.grad, 6 * reference)
 
 
 @pytest.mark.parametrize("extra", [-3, 3])
@@ -621,12 +727,13 @@ def test_logprob_edge_values():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_script(name, **env):
+def run_script(name, *flags, folder="tests", **env):
     path = os.pathsep.join((str(ROOT), os.getenv("PYTHONPATH", "")))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
-    command = [sys.executable, str(ROOT / "tests" / name)]
+    command = [sys.executable, str(ROOT / folder / name), *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -664,3 +771,18 @@ def test_peak_memory():
 @pytest.mark.slow
 def test_two_fsdp2_ranks_equal_one_process():
     run_script("kernels_fsdp.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_benchmark_prints_a_table_and_a_json_line(frozen):
+    sizes = "--device cpu --tokens 300 --vocab 20000 --student-hidden 8 --teacher-hidden 16 --workspace-mb 2 --rounds 1"
+    chosen = "--kinds jsd --contestants ours naive products" + " --frozen-head" * frozen
+    *table, line = run_script("kernels.py", *sizes.split(), *chosen.split(), folder="benchmarks").splitlines()
+    ours, naive, products = json.loads(line)["results"]
+    assert [r["name"] for r in (ours, naive, products)] == ["ours", "naive", "products"]
+    assert len(ours["errors"]) == len(naive["errors"]) == (1 if frozen else 2) and max(ours["errors"]) < 1e-4
+    assert 0 < ours["memory_mb"] < naive["memory_mb"] / 2 and ours["ms"] > products["ms"] > 0
+    columns = {row.count("|") for row in table if row.startswith("|")}
+    assert columns == {11}

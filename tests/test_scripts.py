@@ -353,6 +353,32 @@ def test_opd_gradient_does_not_depend_on_the_micro_batches(run_script, checkpoin
             assert split.metrics[0][key] == pytest.approx(whole.metrics[0][key], rel=1e-6, abs=1e-9), key
 
 
+@pytest.mark.parametrize("teacher", ["wide", "narrow", "llama"])  # logits cached, hidden states, a head that is not tied
+def test_opd_needs_nothing_of_an_offloaded_teacher_but_its_head(run_script, checkpoints, data, teacher, monkeypatch):
+    """There is no GPU to leave here: leaving it puts nan in place of every weight, and coming back restores them."""
+    args = OPD | {
+        "teacher": getattr(checkpoints, teacher),
+        "student": checkpoints.student,
+        "train_data": data,
+        "max_steps": 2,
+    }
+    expected = run_script("opd", **args)
+    weights, places = {}, []
+
+    def travel(module, place):
+        places.append(place)
+        for name, parameter in module.named_parameters():
+            if place == "cpu":
+                weights[name], parameter.data = parameter.data, torch.full_like(parameter, float("nan"))
+            elif weights:
+                parameter.data = weights[name]
+
+    monkeypatch.setattr(common, "move", travel)
+    run = run_script("opd", **args, offload_teacher=True)
+    assert places == 2 * [torch.device("cpu"), "cpu"]  # the training device, home
+    assert_close(run.updates[1][1], expected.updates[1][1])
+
+
 def test_opd_with_the_student_as_its_own_teacher_starts_at_zero(run_script, checkpoints, data):
     for folder in (checkpoints.student, checkpoints.narrow):  # logits cached, hidden states cached
         run = run_script(
