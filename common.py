@@ -3,7 +3,9 @@
 prompts, loading models, sampling, batching, evaluation, logging, checkpoints. The algorithms are in the scripts."""
 
 import functools
+import importlib.util
 import json
+import os
 import platform
 import random
 import re
@@ -27,7 +29,7 @@ from tqdm import tqdm
 # kernels/ shadows Hugging Face's package of that name. Where that one is installed as well, transformers would look for
 # its contents in ours and fail to import, so it is told, before anything else of it is imported, that there is none.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach grader and sampler through here)
 from kernels import head_weight  # noqa: E402
@@ -292,6 +294,54 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
     return groups
 
 
+def choose_sampler(args, training: bool = True) -> None:
+    """Replace `--sampler auto` by what it means here. Raises UsageError if the vllm sampler cannot work."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.sampler == "auto":
+        args.sampler = "vllm" if torch.cuda.is_available() and installed else "hf"
+        if torch.cuda.is_available() and not installed:
+            print("--sampler auto: vllm is not installed, so the slower hf samples; pip install -r requirements.txt")
+    if args.sampler == "vllm":
+        require(installed, "--sampler vllm: vllm is not installed; pip install -r requirements.txt, or use --sampler hf")
+        require(args.dtype != "float64", "--dtype float64: vllm does not compute in it; use --sampler hf")
+        utilization = args.vllm_gpu_memory_utilization
+        require(0 < utilization < 1, f"--vllm-gpu-memory-utilization {utilization}: must lie between 0 and 1")
+        world = int(
+            os.environ.get("WORLD_SIZE", 1 if training else args.vllm_tp)
+        )  # vllm itself starts what torchrun did not
+        require(
+            args.vllm_tp >= 1 and world % args.vllm_tp == 0,
+            f"--vllm-tp {args.vllm_tp}: must divide the number of ranks, here {world} (torchrun --nproc-per-node)",
+        )
+
+
+def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling):
+    """The sampler of samplers.py that --sampler names, behind choose_sampler. With `model` None the vllm sampler reads the
+    checkpoint `path` itself. `longest_prompt`: tokens of the longest one it will get."""
+    if args.sampler == "hf":
+        return HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
+    limit = AutoConfig.from_pretrained(path).max_position_embeddings
+    require(
+        longest_prompt + args.max_response_tokens <= limit,
+        f"--max-response-tokens {args.max_response_tokens}: with the longest prompt ({longest_prompt} tokens) it exceeds "
+        f"the {limit} positions of {path}; lower it, or use --sampler hf",
+    )
+    from sampler_vllm import VLLMSampler
+
+    return VLLMSampler(
+        path,
+        tokenizer,
+        dtype,
+        model,
+        longest_prompt=longest_prompt,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        tp=args.vllm_tp,
+        sleep=getattr(args, "vllm_sleep", False),
+        canary_tolerance=getattr(args, "canary_tolerance", None),
+        **sampling,
+    )
+
+
 def response_hidden(model, prompts: list[list[int]], responses: list[list[int]]):
     """Final hidden states that predict the response tokens, packed row after row without padding.
 
@@ -303,7 +353,7 @@ def response_hidden(model, prompts: list[list[int]], responses: list[list[int]])
         input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
     hidden = model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
-    ids = torch.cat([torch.tensor(response) for response in responses]).to(model.device)
+    ids = torch.cat([torch.tensor(response, dtype=torch.long) for response in responses]).to(model.device)
     return hidden[predicts.to(model.device)], ids  # (N, H), (N,)
 
 

@@ -68,7 +68,17 @@ class Args:
     dynamic_sampling: int = 0
     """DAPO: up to so many further draws to replace groups whose rewards are all equal; 0: off"""
     rollout_batch_tokens: int = 131072
-    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """auto is vllm on CUDA where it is installed, else hf"""
+    vllm_gpu_memory_utilization: float = 0.3
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_tp: int = 1
+    """ranks of torchrun on one node that share vLLM's copy of the weights"""
+    vllm_sleep: bool = False
+    """drop vLLM's weights and cache while the model trains"""
+    canary_tolerance: float | None = None
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
 
     # optimisation
     epochs: int = 15
@@ -99,6 +109,8 @@ class Args:
     """divide advantages by the group's standard deviation (off: Dr. GRPO)"""
     overlong_filtering: bool = False
     """DAPO: leave truncated responses out of the loss"""
+    tis_cap: float = 2.0
+    """with vllm: truncated importance sampling, a token's loss times old / sampler probability, at most this; 0: off"""
     kl_coef: float = 0.0
     """weight of the full-vocabulary KL(policy || ref), ref being the initial model; 0: no reference is loaded"""
 
@@ -116,6 +128,8 @@ def main(args: Args) -> None:
         f"{args.minibatch_prompts}; choose a divisor",
     )
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
+    common.choose_sampler(args)
     problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.model, "--model")
@@ -141,14 +155,10 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    sampling = {
-        "max_response_tokens": args.max_response_tokens,
-        "temperature": args.temperature,
-        "batch_tokens": args.rollout_batch_tokens,
-        "seed": args.seed,
-    }
-    sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
-    eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # its own, so that looking changes no training
+    sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature, "seed": args.seed}
+    longest_prompt = max(map(len, prompts + eval_prompts))
+    sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, longest_prompt, **sampling)
+    eval_sampler = sampler.twin()  # its own random stream, so that looking changes no training
     grader = common.Grader(args.grader)
     stream = common.problem_stream(len(problems), args.seed)
     G = args.group_size
@@ -178,6 +188,7 @@ def main(args: Args) -> None:
         batch_prompts = [prompts[i] for i, group, _ in groups for _ in group]  # one entry per response from here on
         responses = [response for _, group, _ in groups for response in group]
         rewards = torch.tensor([group for _, _, group in groups]).view(-1, G)  # (P, G)
+        sampler.sleep()
         rollout_time = time.time() - step_start
 
         # ---- advantages: a reward against the rest of its group; equal rewards teach nothing
@@ -192,7 +203,7 @@ def main(args: Args) -> None:
         minibatches = []  # (rows that train, tokens of all rows): the loss's one denominator per optimizer step
         for start in range(0, len(responses), args.minibatch_prompts * G):
             rows = range(start, min(start + args.minibatch_prompts * G, len(responses)))
-            rows = [k for k in rows if not (args.overlong_filtering and responses[k].truncated)]
+            rows = [k for k in rows if responses[k].ids and not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
             minibatches.append(([k for k in rows if trains[k] or args.kl_coef], tokens))
         lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
@@ -213,7 +224,7 @@ def main(args: Args) -> None:
 
         # ---- train: an optimizer step per minibatch, gradients accumulated over its micro-batches
         train_start = time.time()
-        sums, diff_max, grad_norm = torch.zeros(6, dtype=torch.float64), 0.0, 0.0
+        sums, diff_max, grad_norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
         updates, trained_tokens = 0, 0
         for rows, tokens in minibatches:
             for micro_batch in common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens):
@@ -234,6 +245,12 @@ def main(args: Args) -> None:
                 pg_loss2 = -advantage * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
                 pg_loss = torch.max(pg_loss1, pg_loss2)
                 pg_loss = torch.where(advantage < 0, torch.min(pg_loss, -advantage * args.dual_clip), pg_loss)
+
+                # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
+                reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
+                sampler_ratio = (old - reported).exp()  # (N,)
+                if args.tis_cap and args.sampler == "vllm":
+                    pg_loss = pg_loss * sampler_ratio.clamp(max=args.tis_cap).to(pg_loss.dtype)
                 policy_loss = pg_loss.sum() / tokens
 
                 ref_kl = torch.zeros(())
@@ -248,7 +265,6 @@ def main(args: Args) -> None:
                 (policy_loss + args.kl_coef * ref_kl).backward()
 
                 with torch.no_grad():
-                    reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
                     diff = (old - reported).abs()  # (N,)
                     diff_max = max(diff_max, float(diff.max()))
                     values = [
@@ -256,6 +272,7 @@ def main(args: Args) -> None:
                         (pg_loss2 > pg_loss1).sum(),
                         entropy.sum(),
                         diff.sum(),
+                        (sampler_ratio > (args.tis_cap or float("inf"))).sum(),
                         policy_loss,
                         ref_kl,
                     ]
@@ -270,12 +287,12 @@ def main(args: Args) -> None:
 
         sync_start = time.time()
         sampler.update_weights(model)
-        eval_sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log
-        approx_kl, clipfrac, entropy, diff_mean = (sums[:4] / max(trained_tokens, 1)).tolist()  # over tokens trained on
-        policy_loss, ref_kl, grad_norm = (torch.tensor([*sums[4:], grad_norm]) / max(updates, 1)).tolist()  # over updates
+        token_means = (sums[:5] / max(trained_tokens, 1)).tolist()  # over tokens trained on
+        approx_kl, clipfrac, entropy, diff_mean, sampler_ratio_clipfrac = token_means
+        policy_loss, ref_kl, grad_norm = (torch.tensor([*sums[5:], grad_norm]) / max(updates, 1)).tolist()  # over updates
         response_tokens = sum(len(r.ids) for r in all_responses)
         by_group = torch.tensor(all_rewards).view(-1, G)
         metrics = {
@@ -294,6 +311,9 @@ def main(args: Args) -> None:
             "losses/grad_norm": grad_norm,
             "debug/sampler_logprob_diff_mean": diff_mean,
             "debug/sampler_logprob_diff_max": diff_max,
+            "debug/sampler_ratio_clipfrac": sampler_ratio_clipfrac,
+            "debug/canary_logprob_diff": sampler.canary_logprob_diff,
+            "debug/out_of_vocab": sampler.out_of_vocab,
             "debug/grader_timeouts": grader.timeouts,
             "debug/unparsable": grader.unparsable,
             "time/rollout": rollout_time,

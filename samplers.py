@@ -3,9 +3,14 @@
 
 sample(prompts, n)     n responses per prompt, with the log-probability of each sampled id and whether it was cut
 update_weights(model)  sample from these weights from now on
+twin()                 the same sampler with a random stream of its own, for evaluation
+sleep()                the sampler's memory is free for training until update_weights
+
+The hf sampler is here, the vllm sampler in sampler_vllm.py, which alone imports vllm.
 """
 
 import contextlib
+import copy
 from typing import NamedTuple
 
 import torch
@@ -18,9 +23,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def eos_token_ids(model, tokenizer) -> list[int]:
+def eos_token_ids(configured: int | list[int] | None, tokenizer) -> list[int]:
     """Every id that ends a response: the tokenizer's eos and those of the generation config."""
-    configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
 
@@ -28,7 +32,17 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 class Response(NamedTuple):
     ids: list[int]  # sampled token ids, the final EOS included; none after it
     sampler_logprobs: list[float]  # log p of each id under the sampling distribution
-    truncated: bool  # hit max_response_tokens without an EOS
+    truncated: bool  # hit max_response_tokens without an EOS, or was cut
+    out_of_vocab: bool = False  # cut before an id that no token has
+
+
+def make_response(ids: list[int], logprobs: list[float], truncated: bool, tokenizer_size: int) -> Response:
+    """A response, cut before the first id beyond the tokenizer: heads are padded to a round number of rows, and nothing
+    keeps the padding's probability at 0. Such an id has no text, and a teacher with another padding has no row for it."""
+    if max(ids) < tokenizer_size:
+        return Response(ids, logprobs, truncated)
+    cut = next(t for t, token in enumerate(ids) if token >= tokenizer_size)
+    return Response(ids[:cut], logprobs[:cut], truncated=True, out_of_vocab=True)
 
 
 class GrowingLayer(DynamicLayer):
@@ -80,7 +94,9 @@ class HFSampler:
     ):
         self.model, self.dtype, self.device = model, dtype, model.device
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
-        self.eos_ids = torch.tensor(eos_token_ids(model, tokenizer), device=self.device)
+        self.tokenizer_size, self.out_of_vocab = len(tokenizer), 0
+        self.canary_logprob_diff = 0.0  # the weights are the trainer's
+        self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0
         self.warpers = LogitsProcessorList()
         if temperature not in (0, 1):
@@ -89,7 +105,16 @@ class HFSampler:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator(self.device).manual_seed(seed)
+
+    def twin(self):
+        """The same sampler with a random stream of its own: what it samples changes nothing for this one."""
+        other = copy.copy(self)
+        other.generator = torch.Generator(self.device).manual_seed(self.seed)
+        return other
+
+    def sleep(self) -> None:
+        """Free memory for training. The cache is gone already."""
 
     def update_weights(self, model) -> None:
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
@@ -112,6 +137,7 @@ class HFSampler:
             for k, response in enumerate(batch):
                 responses[rows[k // n] * n + k % n] = response
         self.model.train(was_training)
+        self.out_of_vocab += sum(r.out_of_vocab for r in responses)
         return responses
 
     def _sample_batch(self, prompts, n, progress) -> list[Response]:
@@ -162,7 +188,7 @@ class HFSampler:
         if progress is not None:
             progress.update(int(truncated.sum()))
         columns = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), truncated.tolist(), strict=True)
-        return [Response(row[:length], logp[:length], cut) for row, logp, length, cut in columns]
+        return [make_response(row[:length], logp[:length], cut, self.tokenizer_size) for row, logp, length, cut in columns]
 
     def _forward(self, input_ids, mask, position, cache):
         output = self.model(
