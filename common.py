@@ -5,6 +5,7 @@ prompts, loading models, sampling, batching, evaluation, logging, checkpoints. T
 import contextlib
 import fcntl
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from tqdm import tqdm
 # kernels/ shadows Hugging Face's package of that name. Where that one is installed as well, transformers would look for
 # its contents in ours and fail to import, so it is told, before anything else of it is imported, that there is none.
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import checkpoint  # noqa: E402
 import parallel  # noqa: E402
@@ -330,6 +331,54 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+def choose_sampler(args, training: bool = True) -> None:
+    """Replace `--sampler auto` by what it means here. Raises UsageError if the vllm sampler cannot work."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.sampler == "auto":
+        args.sampler = "vllm" if torch.cuda.is_available() and installed else "hf"
+        if torch.cuda.is_available() and not installed:
+            print("--sampler auto: vllm is not installed, so the slower hf samples; pip install -r requirements.txt")
+    if args.sampler == "vllm":
+        require(installed, "--sampler vllm: vllm is not installed; pip install -r requirements.txt, or use --sampler hf")
+        require(args.dtype != "float64", "--dtype float64: vllm does not compute in it; use --sampler hf")
+        utilization = args.vllm_gpu_memory_utilization
+        require(0 < utilization < 1, f"--vllm-gpu-memory-utilization {utilization}: must lie between 0 and 1")
+        world = int(
+            os.environ.get("WORLD_SIZE", 1 if training else args.vllm_tp)
+        )  # vllm itself starts what torchrun did not
+        require(
+            args.vllm_tp >= 1 and world % args.vllm_tp == 0,
+            f"--vllm-tp {args.vllm_tp}: must divide the number of ranks, here {world} (torchrun --nproc-per-node)",
+        )
+
+
+def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling):
+    """The sampler of samplers.py that --sampler names, behind choose_sampler. With `model` None the vllm sampler reads the
+    checkpoint `path` itself. `longest_prompt`: tokens of the longest one it will get."""
+    if args.sampler == "hf":
+        return HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
+    limit = AutoConfig.from_pretrained(path).max_position_embeddings
+    require(
+        longest_prompt + args.max_response_tokens <= limit,
+        f"--max-response-tokens {args.max_response_tokens}: with the longest prompt ({longest_prompt} tokens) it exceeds "
+        f"the {limit} positions of {path}; lower it, or use --sampler hf",
+    )
+    from sampler_vllm import VLLMSampler
+
+    return VLLMSampler(
+        path,
+        tokenizer,
+        dtype,
+        model,
+        longest_prompt=longest_prompt,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        tp=args.vllm_tp,
+        sleep=getattr(args, "vllm_sleep", False),
+        canary_tolerance=getattr(args, "canary_tolerance", None),
+        **sampling,
+    )
 
 
 def response_hidden(model, prompts: list[list[int]], responses: list[list[int]]):

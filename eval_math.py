@@ -53,7 +53,13 @@ class Args:
     max_response_tokens: int = 16384
     """longer responses are truncated"""
     rollout_batch_tokens: int = 131072
-    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """auto is vllm on CUDA where it is installed, else hf"""
+    vllm_gpu_memory_utilization: float = 0.9
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_tp: int = 1
+    """GPUs that share vLLM's copy of the weights"""
     instruction: str = common.INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
@@ -126,6 +132,7 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.model, "--model: give a checkpoint to measure, or --compare A B")
     common.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
+    common.choose_sampler(args, training=False)
     names = [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
@@ -140,22 +147,30 @@ def main(args: Args) -> None:
     out = common.make_out(args.out or Path("results") / Path(args.model).name)
     tokenizer = common.load_tokenizer(args.model, "--model")
     device, dtype = common.device_and_dtype(args.dtype)
-    model = common.load_model(args.model, "--model", device, dtype, trainable=False)
+    model = None  # vllm reads the checkpoint itself
+    if args.sampler == "hf":
+        model = common.load_model(args.model, "--model", device, dtype, trainable=False)
+    rendered = {
+        name: [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
+        for name, problems in benchmarks.items()
+    }
+    sampler = common.make_sampler(
+        args,
+        model,
+        args.model,
+        tokenizer,
+        dtype,
+        longest_prompt=max(len(prompt) for prompts in rendered.values() for prompt in prompts),
+        max_response_tokens=args.max_response_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+    )
 
     for name, problems in benchmarks.items():
         start = time.time()
         common.seed_everything(args.seed)
-        sampler = common.HFSampler(
-            model,
-            tokenizer,
-            dtype,
-            max_response_tokens=args.max_response_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            batch_tokens=args.rollout_batch_tokens,
-        )
-        prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
+        prompts = rendered[name]
         with common.progress_bar(len(prompts) * args.samples, name, "response") as bar:
             responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)
         with common.Grader(args.grader) as grader:
@@ -172,6 +187,7 @@ def main(args: Args) -> None:
             "response_length": float(np.mean([len(r.ids) for r in responses])),
             "problems": len(problems),
             "samples": args.samples,
+            "out_of_vocab": sum(r.out_of_vocab for r in responses),
             "unparsable": grader.unparsable,
             "grader_timeouts": grader.timeouts,
             "seconds": round(time.time() - start, 1),

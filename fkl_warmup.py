@@ -84,7 +84,17 @@ class Args:
     top_p: float = 1.0
     """must stay 1: the KL is an expectation under the teacher's whole distribution"""
     rollout_batch_tokens: int = 131072
-    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """auto is vllm on CUDA where it is installed, else hf"""
+    vllm_gpu_memory_utilization: float = 0.5
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_tp: int = 1
+    """ranks of torchrun on one node that share vLLM's copy of the weights"""
+    vllm_sleep: bool = True
+    """drop vLLM's weights and cache behind the rollouts"""
+    canary_tolerance: float | None = None
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
 
     # optimisation
     rollouts_per_step: int = 256
@@ -116,6 +126,7 @@ def main(args: Args) -> None:
     sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
     common.require_positive(args, sizes)
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -167,25 +178,26 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    sampling = {
-        "max_response_tokens": args.max_response_tokens,
-        "temperature": args.temperature,
-        "batch_tokens": args.rollout_batch_tokens,
-    }
+    sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     grader = common.Grader()  # for --eval-data alone
 
     # ---- rollout: the teacher answers every problem, once and for all steps
     rollout_start = time.time()
     if saved is None:
-        sampler = common.HFSampler(teacher, teacher_tokenizer, dtype, **sampling)
+        longest = max(map(len, teacher_prompts))
+        sampler = common.make_sampler(args, teacher, args.teacher, teacher_tokenizer, dtype, longest, **sampling)
         saved = teacher_rollouts(args, run, sampler, teacher_tokenizer, problems, teacher_prompts)
+        sampler.sleep()
+    saved = [row for row in saved if row["response_ids"]]  # none is left of one whose first id no token has
     rollout_time = time.time() - rollout_start
 
-    stream = common.ProblemStream(rollout_count, args.seed)
+    # for --eval-data alone, and always hf: the teacher has the process's one vLLM engine
+    eval_sampler = common.HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
+    stream = common.ProblemStream(len(saved), args.seed)
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
-        return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
+        return common.evaluate(eval_sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
     start = run.resume(model, optimizer, stream)
     if args.eval_every and start == 0:

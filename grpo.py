@@ -82,7 +82,17 @@ class Args:
     dynamic_sampling: int = 0
     """DAPO: up to so many further draws to replace groups whose rewards are all equal; 0: off"""
     rollout_batch_tokens: int = 131072
-    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """auto is vllm on CUDA where it is installed, else hf"""
+    vllm_gpu_memory_utilization: float = 0.3
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_tp: int = 1
+    """ranks of torchrun on one node that share vLLM's copy of the weights"""
+    vllm_sleep: bool = False
+    """drop vLLM's weights and cache while the model trains"""
+    canary_tolerance: float | None = None
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
 
     # optimisation
     epochs: int = 15
@@ -113,6 +123,8 @@ class Args:
     """divide advantages by the group's standard deviation (off: Dr. GRPO)"""
     overlong_filtering: bool = False
     """DAPO: leave truncated responses out of the loss"""
+    tis_cap: float = 2.0
+    """with vllm: truncated importance sampling, a token's loss times old / sampler probability, at most this; 0: off"""
     kl_coef: float = 0.0
     """weight of the full-vocabulary KL(policy || ref), ref being the initial model; 0: no reference is loaded"""
 
@@ -130,6 +142,8 @@ def main(args: Args) -> None:
         f"{args.minibatch_prompts}; choose a divisor",
     )
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
+    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -168,21 +182,18 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    sampling = {
-        "max_response_tokens": args.max_response_tokens,
-        "temperature": args.temperature,
-        "batch_tokens": args.rollout_batch_tokens,
-    }
-    sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
-    grader = common.Grader(args.grader)
     stream = common.ProblemStream(len(problems), args.seed)
+    start = run.resume(model, optimizer, stream)
+    sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
+    longest_prompt = max(map(len, prompts + eval_prompts))
+    sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, longest_prompt, **sampling)
+    grader = common.Grader(args.grader)
     G = args.group_size
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
         return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
-    start = run.resume(model, optimizer, stream)
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
     for step in range(start + 1, total_steps + 1):
@@ -204,6 +215,7 @@ def main(args: Args) -> None:
         batch_prompts = [prompts[i] for i, group, _ in groups for _ in group]  # one entry per response from here on
         responses = [response for _, group, _ in groups for response in group]
         rewards = torch.tensor([group for _, _, group in groups]).view(-1, G)  # (P, G)
+        sampler.sleep()
         rollout_time = time.time() - step_start
 
         # ---- advantages: a reward against the rest of its group; equal rewards teach nothing
@@ -219,7 +231,7 @@ def main(args: Args) -> None:
         minibatches = []  # (this rank's micro-batches of the rows that train, tokens of all rows: the loss's denominator)
         for start in range(0, len(responses), args.minibatch_prompts * G):
             rows = range(start, min(start + args.minibatch_prompts * G, len(responses)))
-            rows = [k for k in rows if not (args.overlong_filtering and responses[k].truncated)]
+            rows = [k for k in rows if responses[k].ids and not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
             rows = [k for k in rows if trains[k] or args.kl_coef]
             micro_batches = common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens)
@@ -239,7 +251,7 @@ def main(args: Args) -> None:
 
         # ---- train: an optimizer step per minibatch, gradients accumulated over its micro-batches
         train_start = time.time()
-        sums, diff_max, grad_norm = torch.zeros(7, dtype=torch.float64), torch.zeros(()), 0.0
+        sums, diff_max, grad_norm = torch.zeros(8, dtype=torch.float64), torch.zeros(()), 0.0
         updates = 0
         for b, (micro_batches, tokens) in enumerate(minibatches):
             for m, micro_batch in enumerate(micro_batches):
@@ -258,6 +270,12 @@ def main(args: Args) -> None:
                 pg_loss2 = -advantage * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
                 pg_loss = torch.max(pg_loss1, pg_loss2)
                 pg_loss = torch.where(advantage < 0, torch.min(pg_loss, -advantage * args.dual_clip), pg_loss)
+
+                # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
+                reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
+                sampler_ratio = (old - reported).exp()  # (N,)
+                if args.tis_cap and args.sampler == "vllm":
+                    pg_loss = pg_loss * sampler_ratio.clamp(max=args.tis_cap).to(pg_loss.dtype)
                 policy_loss = pg_loss.sum() / tokens
 
                 ref_kl = torch.zeros(())
@@ -277,7 +295,6 @@ def main(args: Args) -> None:
                 (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
 
                 with torch.no_grad():
-                    reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
                     diff = (old - reported).abs()  # (N,)
                     diff_max = torch.cat([diff_max[None], diff.float().cpu()]).max()
                     values = [
@@ -285,6 +302,7 @@ def main(args: Args) -> None:
                         (pg_loss2 > pg_loss1).sum(),
                         entropy.sum(),
                         diff.sum(),
+                        (sampler_ratio > (args.tis_cap or float("inf"))).sum(),
                         torch.tensor(len(ids)),
                         policy_loss,
                         ref_kl,
@@ -303,7 +321,8 @@ def main(args: Args) -> None:
 
         # ---- log
         *per_token, trained_tokens, policy_loss, ref_kl = parallel.all_reduce(sums).tolist()
-        approx_kl, clipfrac, entropy, diff_mean = [value / max(trained_tokens, 1) for value in per_token]
+        per_token = [value / max(trained_tokens, 1) for value in per_token]
+        approx_kl, clipfrac, entropy, diff_mean, sampler_ratio_clipfrac = per_token
         policy_loss, ref_kl, grad_norm = [value / max(updates, 1) for value in (policy_loss, ref_kl, grad_norm)]
         response_tokens = sum(len(r.ids) for r in all_responses)
         by_group = torch.tensor(all_rewards).view(-1, G)
@@ -323,6 +342,9 @@ def main(args: Args) -> None:
             "losses/grad_norm": grad_norm,
             "debug/sampler_logprob_diff_mean": diff_mean,
             "debug/sampler_logprob_diff_max": float(parallel.all_reduce(diff_max, largest=True)),
+            "debug/sampler_ratio_clipfrac": sampler_ratio_clipfrac,
+            "debug/canary_logprob_diff": sampler.canary_logprob_diff,
+            "debug/out_of_vocab": sum(r.out_of_vocab for r in all_responses),
             "debug/grader_timeouts": grader.timeouts,
             "debug/unparsable": grader.unparsable,
             "time/rollout": rollout_time,

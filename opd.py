@@ -80,7 +80,17 @@ class Args:
     top_p: float = 1.0
     """must stay 1 in training: the loss is an expectation under the student's whole distribution"""
     rollout_batch_tokens: int = 131072
-    """sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """auto is vllm on CUDA where it is installed, else hf"""
+    vllm_gpu_memory_utilization: float = 0.3
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_tp: int = 1
+    """ranks of torchrun on one node that share vLLM's copy of the weights"""
+    vllm_sleep: bool = False
+    """drop vLLM's weights and cache while the model trains"""
+    canary_tolerance: float | None = None
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
 
     # optimisation
     epochs: int = 15
@@ -105,6 +115,8 @@ class Args:
     """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone"""
     jsd_beta: float = 0.5
     """jsd's weight of the teacher in the mixture: 0 is forward_kl, 1 is reverse_kl"""
+    tis_cap: float = 2.0
+    """with vllm and `sampled`: truncated importance sampling, as in grpo.py, at most this; 0: off"""
 
 
 def to_host(cache):
@@ -120,6 +132,8 @@ def main(args: Args) -> None:
     common.require_positive(args, sizes)
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
+    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -164,20 +178,17 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    sampling = {
-        "max_response_tokens": args.max_response_tokens,
-        "temperature": args.temperature,
-        "batch_tokens": args.rollout_batch_tokens,
-    }
-    sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
-    grader = common.Grader()  # for --eval-data alone
     stream = common.ProblemStream(len(problems), args.seed)
+    start = run.resume(model, optimizer, stream)
+    sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
+    longest_prompt = max(map(len, prompts + eval_prompts))
+    sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, longest_prompt, **sampling)
+    grader = common.Grader()  # for --eval-data alone
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
         return common.evaluate(sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
-    start = run.resume(model, optimizer, stream)
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
     for step in range(start + 1, total_steps + 1):
@@ -186,6 +197,9 @@ def main(args: Args) -> None:
         # ---- rollout: the student answers
         batch = stream.take(args.prompts_per_step)
         responses = sampler.sample([prompts[i] for i in batch], 1, seed=(args.seed, step))
+        sampler.sleep()
+        out_of_vocab = sum(r.out_of_vocab for r in responses)
+        batch, responses = zip(*[(i, r) for i, r in zip(batch, responses, strict=True) if r.ids], strict=True)
         response_ids = [r.ids for r in responses]
         tokens = sum(map(len, response_ids))  # the loss's one denominator
         rollout_time = time.time() - step_start
@@ -214,6 +228,7 @@ def main(args: Args) -> None:
         sums, diff_max = torch.zeros(6, dtype=torch.float64), torch.zeros(())
         for micro_batch, target in zip(micro_batches, cached, strict=True):
             prompt_ids, chosen_ids = [prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
+            reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)  # (N,)
             with common.autocast(device, dtype):
                 hidden, head, ids = common.response_hidden(model, prompt_ids, chosen_ids)  # (N, H), (V, H), (N,)
                 target = target.to(device, non_blocking=True)  # (N, V) or (N, Ht)
@@ -226,12 +241,14 @@ def main(args: Args) -> None:
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
                     new_logprobs, _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
                     advantage = stats.teacher_logprob - stats.student_logprob  # (N,)
+                    if args.tis_cap and args.sampler == "vllm":
+                        # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
+                        advantage = advantage * (stats.student_logprob - reported).exp().clamp(max=args.tis_cap)
                     loss = -(weight * advantage * new_logprobs).sum()
                 else:
                     loss, stats = fused_linear_divergence(hidden, head, target, kind=args.loss, **options)  # sum_n w_n D_n
             (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
 
-            reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)
             diff = (stats.student_logprob - reported).abs()  # (N,)
             diff_max = torch.cat([diff_max[None], diff.float().cpu()]).max()
             values = [
@@ -268,6 +285,8 @@ def main(args: Args) -> None:
             "losses/grad_norm": grad_norm,
             "debug/sampler_logprob_diff_mean": diff_mean,
             "debug/sampler_logprob_diff_max": float(parallel.all_reduce(diff_max, largest=True)),
+            "debug/canary_logprob_diff": sampler.canary_logprob_diff,
+            "debug/out_of_vocab": out_of_vocab,
             "time/rollout": rollout_time,
             "time/score": score_time,
             "time/train": train_time,

@@ -77,12 +77,14 @@ def share(micro_batches: list[list]) -> list[list]:
     return mine + [[]] * (-(-len(micro_batches) // world_size()) - len(mine))
 
 
-def gather_interleaved(mine: list, size: int = 1) -> list:
-    """The list of which this rank holds every world_size-th run of `size` items, whole, on every rank."""
+def gather_interleaved(mine: list, size: int = 1, copies: int = 1) -> list:
+    """The list of which this rank, one of R, holds every R-th run of `size` items, whole, on every rank. Where `copies`
+    consecutive ranks hold the same runs, R counts them as one."""
     if world_size() == 1:
         return mine
     parts = [None] * world_size()
     dist.all_gather_object(parts, mine)
+    parts = parts[::copies]
     runs = max(len(part) for part in parts) // size
     return [item for run in range(runs) for part in parts for item in part[run * size : (run + 1) * size]]
 

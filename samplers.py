@@ -3,9 +3,11 @@
 
 sample(prompts, n, seed)  n responses per prompt, with the log-probability of each sampled id and whether it was cut
 update_weights(model)     sample from these weights from now on
+sleep()                   the sampler's memory is free for training until update_weights
 
 A sampler keeps no random state: the same weights, prompts and seed give the same responses, on any number of ranks, in
-a resumed run as in an uninterrupted one.
+a resumed run as in an uninterrupted one. The hf sampler is here, the vllm sampler in sampler_vllm.py, which alone
+imports vllm.
 """
 
 import contextlib
@@ -24,9 +26,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def eos_token_ids(model, tokenizer) -> list[int]:
+def eos_token_ids(configured: int | list[int] | None, tokenizer) -> list[int]:
     """Every id that ends a response: the tokenizer's eos and those of the generation config."""
-    configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
 
@@ -34,7 +35,17 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 class Response(NamedTuple):
     ids: list[int]  # sampled token ids, the final EOS included; none after it
     sampler_logprobs: list[float]  # log p of each id under the sampling distribution
-    truncated: bool  # hit max_response_tokens without an EOS
+    truncated: bool  # hit max_response_tokens without an EOS, or was cut
+    out_of_vocab: bool = False  # cut before an id that no token has
+
+
+def make_response(ids: list[int], logprobs: list[float], truncated: bool, tokenizer_size: int) -> Response:
+    """A response, cut before the first id beyond the tokenizer: heads are padded to a round number of rows, and nothing
+    keeps the padding's probability at 0. Such an id has no text, and a teacher with another padding has no row for it."""
+    if max(ids) < tokenizer_size:
+        return Response(ids, logprobs, truncated)
+    cut = next(t for t, token in enumerate(ids) if token >= tokenizer_size)
+    return Response(ids[:cut], logprobs[:cut], truncated=True, out_of_vocab=True)
 
 
 class GrowingLayer(DynamicLayer):
@@ -70,7 +81,22 @@ def random_numbers(seed: tuple[int, ...], count: int):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(count)
 
 
-class HFSampler:
+class Sampler:
+    """What both samplers do: divide the prompts over the ranks, and gather the responses."""
+
+    ranks_per_engine = 1  # consecutive ranks that answer together
+
+    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
+        """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
+        (*seed, i, j). Every rank passes the same prompts, answers its share and gets all the responses. `progress` is a
+        tqdm over responses."""
+        engine, engines = parallel.rank() // self.ranks_per_engine, parallel.world_size() // self.ranks_per_engine
+        mine = range(engine, len(prompts), engines)
+        responses = self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress)
+        return parallel.gather_interleaved(responses, n, self.ranks_per_engine)
+
+
+class HFSampler(Sampler):
     """Samples from a live transformers model with a KV cache.
 
     Prompts are sorted by length and batched under `batch_tokens` of cache (prompt + response tokens, summed over rows);
@@ -90,7 +116,9 @@ class HFSampler:
     ):
         self.model, self.dtype, self.device = model, dtype, model.device
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
-        self.eos_ids = torch.tensor(eos_token_ids(model, tokenizer), device=self.device)
+        self.tokenizer_size = len(tokenizer)
+        self.canary_logprob_diff = 0.0  # the weights are the trainer's
+        self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0
         self.warpers = LogitsProcessorList()
         if temperature not in (0, 1):
@@ -100,31 +128,31 @@ class HFSampler:
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
 
+    def sleep(self) -> None:
+        """Free memory for training. The cache is gone already."""
+
     def update_weights(self, model) -> None:
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
         self.model = model
 
-    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
-        """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
-        (*seed, i * n + j). Every rank passes the same prompts, answers its share and gets all the responses.
-        `progress` is a tqdm over responses."""
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
-        mine = list(range(parallel.rank(), len(prompts), parallel.world_size()))
-        responses = [None] * (len(mine) * n)
-        order = sorted(range(len(mine)), key=lambda k: len(prompts[mine[k]]))
+        responses = [None] * (len(prompts) * n)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with parallel.gathered(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
             while order:
                 rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
-                row_tokens = n * (len(prompts[mine[rows[0]]]) + self.max_response_tokens)
+                row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
                 while order and (len(rows) + 1) * row_tokens <= self.batch_tokens:
                     rows.append(order.pop())
-                seeds = [(*seed, mine[k] * n + j) for k in rows for j in range(n)]
-                batch = self._sample_batch([prompts[mine[k]] for k in rows], seeds, progress)
+                batch = self._sample_batch(
+                    [prompts[i] for i in rows], [(*seeds[i], j) for i in rows for j in range(n)], progress
+                )
                 for k, response in enumerate(batch):
                     responses[rows[k // n] * n + k % n] = response
         self.model.train(was_training)
-        return parallel.gather_interleaved(responses, n)
+        return responses
 
     def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
         """One response per seed: as many for each prompt, in a row."""
@@ -182,7 +210,7 @@ class HFSampler:
         if progress is not None:
             progress.update(int(truncated.sum()))
         columns = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), truncated.tolist(), strict=True)
-        return [Response(row[:length], logp[:length], cut) for row, logp, length, cut in columns]
+        return [make_response(row[:length], logp[:length], cut, self.tokenizer_size) for row, logp, length, cut in columns]
 
     def _forward(self, input_ids, mask, position, cache):
         output = self.model(

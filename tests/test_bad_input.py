@@ -300,6 +300,32 @@ def test_a_hub_id_without_network_ends_within_seconds(typed, tmp_path, changes):
     assert seconds < 40, "most of that is imports on a slow machine"
 
 
+@pytest.mark.parametrize("script", [*TRAINERS, "eval_math"])
+def test_a_sampler_that_cannot_work(cli, typed, monkeypatch, script):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    assert_refused(cli(script, *typed(script, sampler="vllm")), "--sampler vllm: vllm is not installed; pip install")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: "installed")
+    vllm = {"sampler": "vllm"}
+    assert_refused(cli(script, *typed(script, dtype="float64", **vllm)), "--dtype float64", "--sampler hf")
+    for value in (0, 1.5):
+        flags = typed(script, vllm_gpu_memory_utilization=value, **vllm)
+        assert_refused(cli(script, *flags), "--vllm-gpu-memory-utilization")
+    assert_refused(cli(script, *typed(script, vllm_tp=0, **vllm)), "--vllm-tp 0")
+    assert_refused(
+        cli(script, *typed(script, max_response_tokens=600, **vllm)), "--max-response-tokens 600", "512 positions"
+    )
+    if script != "eval_math":
+        assert_refused(cli(script, *typed(script, vllm_tp=2, **vllm)), "--vllm-tp 2", "torchrun")
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        assert_refused(cli(script, *typed(script, vllm_tp=2, **vllm)), "--vllm-tp 2", "here 3")
+
+
+@pytest.mark.parametrize("script", ["grpo", "opd"])
+@pytest.mark.parametrize("cap", [0.5, -1])
+def test_an_impossible_importance_cap(cli, typed, script, cap):
+    assert_refused(cli(script, *typed(script, tis_cap=cap)), "--tis-cap")
+
+
 def test_an_unknown_flag_is_refused_by_the_parser(cli):
     code, _, err = cli("opd", "--no-such-flag", "1")
     assert code == 2 and "no-such-flag" in err

@@ -236,3 +236,14 @@ def test_bfloat16_compute_over_float32_weights():
     model = random_model()
     sampler = HFSampler(model, toy.make_tokenizer(), torch.bfloat16, max_response_tokens=12)
     assert_logprobs(model, PROMPTS, sampler.sample(PROMPTS, 2), 2, tolerance=0.3)
+
+
+def test_a_response_is_cut_before_an_id_beyond_the_tokenizer_and_counted():
+    model, tokenizer = random_model(vocab_size=64, seed=5), toy.make_tokenizer()
+    sampler = HFSampler(model, tokenizer, torch.float32, max_response_tokens=24)
+    responses = sampler.sample(PROMPTS, 16)
+    cut = [r for r in responses if r.out_of_vocab]
+    assert 0 < len(cut) < len(responses) and any(not r.ids for r in cut)
+    assert all(r.truncated for r in cut) and all(max(r.ids, default=0) < len(tokenizer) for r in responses)
+    assert all(len(r.ids) == len(r.sampler_logprobs) for r in responses)
+    assert not any(r.out_of_vocab for r in make()[1].sample(PROMPTS, 16))

@@ -3,12 +3,14 @@ independence of the micro-batch split, determinism, and what each flag changes."
 
 import inspect
 import itertools
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, next_token_logits, read_jsonl, write_jsonl
+from conftest import load, next_token_logits, random_model, read_jsonl, write_jsonl
 
 import common
 import toy
@@ -48,6 +50,29 @@ def model_at(folder, params):
     return model.requires_grad_(True)
 
 
+@pytest.fixture
+def disagreeing_sampler(monkeypatch):
+    """What the scripts take for vllm: hf's responses, with log-probabilities that are not the trainer's."""
+    sample, make_sampler = common.HFSampler.sample, common.make_sampler
+
+    def disagree(self, *args, **options):
+        noise = torch.Generator().manual_seed(0)
+        for response in (responses := sample(self, *args, **options)):
+            for t in range(len(response.ids)):
+                response.sampler_logprobs[t] += 0.7 * float(torch.randn((), generator=noise))
+        return responses
+
+    monkeypatch.setattr(common.HFSampler, "sample", disagree)
+    monkeypatch.setattr(common, "choose_sampler", lambda args: None)
+    monkeypatch.setattr(common, "make_sampler", lambda args, *a, **kw: make_sampler(replace(args, sampler="hf"), *a, **kw))
+
+
+def importance_weights(logprobs, response, cap):  # (R,), Response -> (R,)
+    """min(trainer's / sampler's probability, cap); cap 0: none."""
+    ratio = (logprobs.detach() - torch.tensor(response.sampler_logprobs, dtype=torch.float64)).exp()
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 # --------------------------------------------------------------------------------------------------------------- GRPO
 GRPO = dict(
     prompts_per_step=10,
@@ -85,14 +110,17 @@ def naive_grpo(folder, rollout, rewards, args, updates, minibatch_prompts):
             with torch.no_grad():
                 ref_log_p = torch.log_softmax(next_token_logits(initial, prompts[p], response) / temperature, -1)
             ratio = (log_p.gather(1, ids) - ref_log_p.gather(1, ids))[:, 0].exp()
-            for r in ratio:
+            weights = importance_weights(ref_log_p.gather(1, ids)[:, 0], responses[p * n + j], args.get("tis_cap", 0))
+            for r, weight in zip(ratio, weights, strict=True):
                 objective = torch.min(r * advantage, r.clamp(1 - 0.2, 1 + 0.28) * advantage)
                 counts["changed"] += int((r - 1).abs() > 0.01)
                 counts["clipped"] += int(r * advantage > objective)
                 if advantage < 0 and objective < args.get("dual_clip", 10.0) * advantage:
                     objective = args.get("dual_clip", 10.0) * advantage
                     counts["dual"] += 1
-                loss = loss - objective / tokens
+                loss = loss - weight * objective / tokens
+                counts["weighted"] += int(weight < 1)
+                counts["capped"] += int(weight == args.get("tis_cap"))
             reverse_kl = (log_p.exp() * (log_p - ref_log_p)).sum(-1)  # (R,)
             loss = loss + args.get("kl_coef", 0.0) * reverse_kl.sum() / tokens
         gradients.append(gradient_of(model, loss))
@@ -131,6 +159,43 @@ def test_grpo_gradients_equal_the_formula(run_script, fake_grader, checkpoints, 
         assert_close(actual, gradient)
     assert counts["changed"] > 20 and counts["clipped"] > 0, "the second minibatch should see a changed policy"
     assert counts["dual"] > 0 or "dual_clip" not in flags
+
+
+@pytest.mark.parametrize("tis_cap", [2.0, 0.0])
+def test_grpo_weights_tokens_of_another_sampler(run_script, fake_grader, checkpoints, data, disagreeing_sampler, tis_cap):
+    fake_grader(mixed_rule)
+    flags = {"tis_cap": tis_cap, "dual_clip": 1.05}
+    run = run_script("grpo", model=checkpoints.student, train_data=data, sampler="vllm", **GRPO, **flags)
+    [rollout] = run.samples
+    rewards = rewards_of(mixed_rule, data, rollout, toy.make_tokenizer())
+    expected, counts = naive_grpo(checkpoints.student, rollout, rewards, flags, run.updates, 5)
+    for (_, actual), gradient in zip(run.updates, expected, strict=True):
+        assert_close(actual, gradient)
+    assert (counts["weighted"] > 20 and counts["capped"] > 20) == bool(tis_cap)
+    assert (run.metrics[0]["debug/sampler_ratio_clipfrac"] > 0.05) == bool(tis_cap)
+    assert run.metrics[0]["debug/sampler_logprob_diff_mean"] > 0.3
+
+
+@pytest.mark.parametrize("script", ["grpo", "opd", "fkl_warmup"])
+def test_ids_beyond_the_tokenizer_are_left_out_and_counted(run_script, fake_grader, tmp_path, checkpoints, data, script):
+    """A head with so many padding rows that some responses begin with one and are empty; the teacher has none."""
+    fake_grader(mixed_rule)
+    random_model(seed=5, vocab_size=64).save_pretrained(tmp_path / "padded")
+    toy.make_tokenizer().save_pretrained(tmp_path / "padded")
+    padded, few = str(tmp_path / "padded"), {"max_response_tokens": 20, "max_steps": 1, "micro_batch_tokens": 1}
+    models = {
+        "grpo": {"model": padded, "prompts_per_step": 10, "minibatch_prompts": 5, "group_size": 4},
+        "opd": {"teacher": checkpoints.narrow, "student": padded, "prompts_per_step": 12},
+        "fkl_warmup": {"teacher": padded, "student": checkpoints.student, "rollouts_per_step": 4},
+    }[script]
+    run = run_script(script, train_data=data, **models, **few)
+    [(_, _, responses)] = run.samples
+    assert any(r.out_of_vocab and r.ids for r in responses) and any(not r.ids for r in responses)
+    assert all(math.isfinite(value) for value in run.metrics[0].values()) and run.metrics[0]["losses/grad_norm"] > 0
+    trained = [ids for _, batch in run.passes for ids in batch]
+    assert trained and all(ids and max(ids) < len(toy.ID) for ids in trained)
+    if script != "fkl_warmup":
+        assert run.metrics[0]["debug/out_of_vocab"] == sum(r.out_of_vocab for r in responses)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -339,6 +404,21 @@ def test_opd_gradient_equals_the_formula(run_script, checkpoints, data, teacher,
     assert abs(float(reverse_kl.mean() - forward_kl.mean())) > 0.05, "the two directions should be told apart"
     norm = torch.cat([g.flatten() for g in actual.values()]).norm()
     assert logged["losses/grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss, tis_cap", [("sampled", 2.0), ("sampled", 0.0), ("reverse_kl", 2.0)])
+def test_opd_weights_tokens_of_another_sampler(run_script, checkpoints, data, disagreeing_sampler, loss, tis_cap):
+    """Only where the loss is an expectation over the sampled token."""
+    flags = {"loss": loss, "tis_cap": tis_cap, "sampler": "vllm"}
+    run = run_script("opd", teacher=checkpoints.narrow, student=checkpoints.student, train_data=data, **OPD, **flags)
+    [rollout], [(params, actual)] = run.samples, run.updates
+    student, losses = model_at(checkpoints.student, params), []
+    naive = naive_divergences(student, load(checkpoints.narrow), rollout, rollout[0], 1.0)
+    for (log_ps, log_pt, ids), response in zip(naive, rollout[2], strict=True):
+        cap = tis_cap if loss == "sampled" else 0
+        weights = importance_weights(log_ps.gather(1, ids)[:, 0], response, cap)
+        losses.append(weights * token_loss(loss, log_ps, log_pt, ids))
+    assert_close(actual, gradient_of(student, torch.cat(losses).mean()))
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd", "sampled"])

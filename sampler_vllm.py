@@ -1,0 +1,167 @@
+# docs/samplers.md
+"""The vllm sampler: an engine in the trainer's own process and on its GPU, behind the contract of samplers.py.
+
+The engine holds a copy of the weights. `update_weights` writes the trainer's into it, and proves it: the log-probabilities
+that the engine then gives a fixed probe must be the trainer's (the canary), or the run stops."""
+
+import os
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in process: tensors are handed over, and it cannot outlive the script
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a sync with tied embeddings warns every time
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+import parallel  # noqa: E402
+from common import RunStopped  # noqa: E402
+from samplers import Response, Sampler, autocast, eos_token_ids, make_response  # noqa: E402
+
+PROBE_PROMPT, PROBE_RESPONSE = 160, 16  # tokens; a prompt shorter than a cache block (128 on a CPU) misses a stale prefix
+CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # mean |difference|; a 135 M model has 1e-5 and 0.05
+CPU_CACHE_BYTES = 512 << 20  # on a GPU it is what --vllm-gpu-memory-utilization leaves
+
+
+class CanaryError(RunStopped):
+    """The engine's log-probabilities are not the trainer's: it samples from other weights, or computes something else."""
+
+
+class VLLMSampler(Sampler):
+    """Samples from a vLLM engine. `dtype` is bfloat16 or float32.
+
+    With a `model` the engine starts from its weights, and `update_weights` syncs and checks. Without one it reads the
+    checkpoint `path` itself, and nothing is left to compare it with. Under torchrun every rank builds one, behind
+    init_process_group; `tp` consecutive ranks share the weights and answer together."""
+
+    def __init__(
+        self,
+        path,
+        tokenizer,
+        dtype,
+        model=None,
+        *,
+        longest_prompt,
+        max_response_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        gpu_memory_utilization=0.5,
+        tp=1,
+        sleep=False,
+        canary_tolerance=None,
+    ):
+        on_gpu, torchrun = torch.cuda.is_available(), "RANK" in os.environ
+        self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, len(tokenizer)
+        self.ranks_per_engine = tp if torchrun else 1
+        self.canary_tolerance = CANARY_TOLERANCE[dtype] if canary_tolerance is None else canary_tolerance
+        self.canary_logprob_diff, self.syncs = 0.0, 0
+        words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        self.probe = np.random.default_rng(0).choice(words, PROBE_PROMPT).tolist()
+        self.llm = LLM(
+            path,
+            dtype=str(dtype).removeprefix("torch."),
+            load_format="auto" if model is None else "dummy",
+            max_model_len=max(longest_prompt + max_response_tokens, PROBE_PROMPT + PROBE_RESPONSE),
+            skip_tokenizer_init=True,  # ids in, ids out
+            logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p: those it was drawn with
+            tensor_parallel_size=tp,
+            distributed_executor_backend="external_launcher" if torchrun else None,
+            enforce_eager=not on_gpu,
+            enable_sleep_mode=sleep and on_gpu,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
+        )
+        self.params = SamplingParams(
+            max_tokens=max_response_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            logprobs=0,  # of the sampled id alone
+            flat_logprobs=True,
+            stop_token_ids=eos_token_ids(self.llm.model_config.try_get_generation_config().get("eos_token_id"), tokenizer),
+            ignore_eos=True,  # the ids above are all there are, as for the hf sampler
+            detokenize=False,
+        )
+        if model is not None:
+            self.update_weights(model)
+
+    def sleep(self) -> None:
+        """Give the engine's GPU memory to the trainer until `update_weights` (with --vllm-sleep; else nothing)."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)  # drops weights and cache: both are made anew
+            self.asleep = True
+
+    @torch.no_grad()
+    def update_weights(self, model) -> None:
+        """Sample from the weights of `model` from now on. Raises CanaryError if the engine does not.
+
+        Collective under torchrun: sharded parameters (DTensor) are gathered one by one, on every rank."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # what training has freed, torch still holds
+            self.llm.wake_up(["weights"])
+        weights = ((name, parallel.full_tensor(parameter).to(self.dtype)) for name, parameter in model.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if model.config.tie_word_embeddings and not torch.cuda.is_available():
+            self.llm.apply_model(repack_head)
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        if self.canary_tolerance:
+            self.canary(model)
+        self.syncs += 1
+
+    @torch.no_grad()
+    def canary(self, model) -> None:
+        """Let the engine continue a fixed prompt, cache and all, and score what it says with `model`."""
+        params = SamplingParams(
+            max_tokens=PROBE_RESPONSE, logprobs=0, flat_logprobs=True, ignore_eos=True, seed=0, detokenize=False
+        )
+        [[probe]] = self._generate([self.probe], [params])
+        ids = torch.tensor([self.probe + list(probe.token_ids)], device=model.device)  # (1, T)
+        with autocast(model.device, self.dtype):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=PROBE_RESPONSE + 1).logits[0, :-1]  # (R, V)
+        logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, PROBE_PROMPT:, None])[:, 0]  # (R,)
+        diff = (logprobs.cpu() - torch.tensor(probe.logprobs.logprobs)).abs()  # (R,)
+        self.canary_logprob_diff = float(diff.mean())
+        if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
+            when = f"after step {self.syncs} of this run" if self.syncs else "before the first step"
+            raise CanaryError(
+                f"weight sync {self.syncs} ({when}) failed: vLLM's log-probabilities of a fixed probe differ from the "
+                f"trainer's by {self.canary_logprob_diff:.2g} in the mean (at most {float(diff.max()):.2g}), above "
+                f"--canary-tolerance {self.canary_tolerance}. It samples from other weights than those that train; see "
+                f"docs/samplers.md"
+            )
+
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
+        outputs = self._generate(prompts, [self._params(n, seed) for seed in seeds], progress)
+        return [
+            make_response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length", self.tokenizer_size)
+            for output in outputs
+            for o in output
+        ]
+
+    def _params(self, n: int, seed: tuple[int, ...]):
+        params = self.params.clone()
+        params.n = n
+        params.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) % (2**31 - n)  # vLLM gives response j seed + j
+        return params
+
+    def _generate(self, prompts, params, progress=None):
+        """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together."""
+        self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        finished = []
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    finished.append(output)
+                    if progress is not None:
+                        progress.update(len(output.outputs))
+        finished.sort(key=lambda output: int(output.request_id))
+        return [sorted(output.outputs, key=lambda o: o.index) for output in finished]
+
+
+def repack_head(model) -> None:
+    """On a CPU vLLM multiplies with a packed copy of the head, which a sync of the embedding it is tied to leaves stale."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
