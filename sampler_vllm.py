@@ -111,6 +111,7 @@ class VLLMSampler:
 
         Collective under torchrun: sharded parameters (DTensor) are gathered one by one, on every rank."""
         if self.asleep:
+            torch.cuda.empty_cache()  # what training has freed, torch still holds
             self.llm.wake_up(["weights"])
         weights = ((name, whole(parameter).to(self.dtype)) for name, parameter in model.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
