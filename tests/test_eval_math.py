@@ -32,7 +32,7 @@ def test_summary_equals_the_hand_computed_figures(measure):
     out = measure()
     summary = json.loads((out / "data" / "summary.json").read_text())
     assert set(summary) == {"accuracy", "ci95", "pass_at_k", "truncated_frac", "response_length", "problems", "samples",
-                            "unparsable", "grader_timeouts", "seconds", "command", "args"}  # fmt: skip
+                            "out_of_vocab", "unparsable", "grader_timeouts", "seconds", "command", "args"}  # fmt: skip
     assert summary["accuracy"] == pytest.approx(14 / 24) and (summary["problems"], summary["samples"]) == (6, 4)
     # pass@2: 1 - C(4 - c, 2) / 6 for c = 4, 2, 0, 1, 4, 3 right of 4
     assert summary["pass_at_k"] == pytest.approx({"1": 14 / 24, "2": (1 + 5 / 6 + 0 + 3 / 6 + 1 + 1) / 6, "4": 5 / 6})

@@ -142,3 +142,15 @@ def test_opd(smollm2, problems, tmp_path):
     rows = check_run(tmp_path / "run", 2)
     assert abs(rows[0]["losses/reverse_kl"]) < 1e-5 and rows[0]["losses/grad_norm"] < 1e-2
     assert rows[0]["debug/sampler_logprob_diff_max"] < 1e-2
+
+
+def test_grpo_with_vllm(smollm2, problems, tmp_path):
+    """Three steps, each with a sync of weights that have moved. The KL to the reference trains every row."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vllm: make env-vllm")
+    command("grpo.py", "--model", smollm2, "--train-data", problems["gsm8k"], "--prompts-per-step", 4,
+            "--minibatch-prompts", 2, "--group-size", 2, "--kl-coef", 0.1, "--learning-rate", 1e-5, "--sampler", "vllm",
+            "--out", tmp_path / "run", "--max-response-tokens", 48, "--max-steps", 3, "--dtype", "float32")  # fmt: skip
+    rows = check_run(tmp_path / "run", 3)
+    assert rows[2]["losses/ref_kl"] > 0 and all(row["debug/sampler_logprob_diff_max"] < 1e-3 for row in rows)
+    assert all(0 < row["debug/canary_logprob_diff"] < 1e-4 for row in rows)
