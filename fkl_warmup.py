@@ -126,7 +126,6 @@ def main(args: Args) -> None:
     sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
     common.require_positive(args, sizes)
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
-    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -136,6 +135,7 @@ def main(args: Args) -> None:
             responses=args.rollouts_per_step,
         ),
     )
+    common.choose_sampler(args)
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")

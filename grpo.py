@@ -143,7 +143,6 @@ def main(args: Args) -> None:
     )
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
-    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -154,6 +153,7 @@ def main(args: Args) -> None:
             updates=args.prompts_per_step // args.minibatch_prompts,
         ),
     )
+    common.choose_sampler(args)
     problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.model, "--model")

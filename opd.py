@@ -133,7 +133,6 @@ def main(args: Args) -> None:
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
-    common.choose_sampler(args)
     plan.check(
         args,
         lambda: plan.Workload(
@@ -144,6 +143,7 @@ def main(args: Args) -> None:
             cached=True,
         ),
     )
+    common.choose_sampler(args)
     problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")

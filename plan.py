@@ -6,6 +6,7 @@ layers of fake tensors, which have shapes and no memory. Responses are taken to 
 allows, prompts PROMPT_TOKENS long. On a CPU the figures are resident memory, imports included.
 """
 
+import importlib.util
 import os
 import re
 import resource
@@ -85,7 +86,7 @@ class Workload:
 
 
 def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
-    """{phase: {what: bytes}} per GPU, its keys the phases of a step: rollout, and train."""
+    """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too."""
     compute = 2 if common.device_and_dtype(args.dtype)[1] == torch.bfloat16 or (hw.cuda and args.dtype == "auto") else 4
     compute, master = (8, 8) if args.dtype == "float64" else (compute, 4)
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
@@ -98,16 +99,10 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     for name, sizes in work.frozen.items():
         whole = sizes.root if sharded else 0  # the fused losses read a whole head
         state[name] = (sizes.params / S + whole) * compute
+    if getattr(args, "offload_teacher", False) and hw.cuda:  # but for its head, it waits in the CPU's memory
+        state["teacher"] = work.frozen["teacher"].root * compute
 
-    tokens = min(args.rollout_batch_tokens, -(-work.responses // hw.gpus) * length)
-    vocabulary = work.sampled.config.vocab_size
-    rollout = state | {
-        "gathered weights": work.sampled.params * compute if sharded else 0,
-        "key-value cache": tokens * work.sampled.kv * compute,
-        "probabilities": max(tokens // length, 1) * vocabulary * 32,  # float32 and float64 copies of a row's logits
-    }
-    if compute == 2 and not sharded and work.sampled is work.trained:
-        rollout["bfloat16 copy of the weights"] = P * 2  # autocast's
+    rollout = state | rollout_bytes(args, work, hw, compute, sharded, length)
     tokens = min(args.micro_batch_tokens, work.responses * length)
     rows = max(tokens // length, 1)
     n, config = tokens, work.trained.config
@@ -120,13 +115,49 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * n * config.vocab_size * 4),
         "hidden states": n * config.hidden_size * 4 * 2,
     }
+    if uses_vllm(args, hw) and not (hw.cuda and args.vllm_sleep):
+        train["vLLM"] = vllm_bytes(args, work, hw, compute)
     if sharded:
         train["gathered weights"] = (2 * work.trained.layer + work.trained.root) * compute + 2 * work.trained.layer * 4
     elif compute == 2:
         train["bfloat16 copy of the weights"] = P * 2
     if work.cached and not hw.cuda:
         train["teacher's hidden states"] = work.responses * args.max_response_tokens * width * compute
-    return {"rollout": rollout, "train": train}
+    phases = {"rollout": rollout, "train": train}
+    if getattr(args, "offload_teacher", False):
+        teacher = work.frozen["teacher"]
+        phases["score"] = state | {"teacher": (2 * teacher.layer if sharded else teacher.params) * compute}
+        if uses_vllm(args, hw) and not args.vllm_sleep:
+            phases["score"]["vLLM"] = vllm_bytes(args, work, hw, compute)
+    return phases
+
+
+def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: bool, length: int) -> dict[str, float]:
+    """What the sampler takes while it samples."""
+    if uses_vllm(args, hw):
+        return {"vLLM": vllm_bytes(args, work, hw, compute)}
+    tokens = min(args.rollout_batch_tokens, -(-work.responses // hw.gpus) * length)
+    parts = {
+        "gathered weights": work.sampled.params * compute if sharded else 0,
+        "key-value cache": tokens * work.sampled.kv * compute,
+        "probabilities": max(tokens // length, 1) * work.sampled.config.vocab_size * 32,  # float32 and float64 of a row
+    }
+    if compute == 2 and not sharded and work.sampled is work.trained:
+        parts["bfloat16 copy of the weights"] = work.trained.params * 2  # autocast's
+    return parts
+
+
+def uses_vllm(args, hw: Hardware) -> bool:
+    if args.sampler == "auto":
+        return hw.cuda and (bool(args.plan_gpu) or importlib.util.find_spec("vllm") is not None)
+    return args.sampler == "vllm"
+
+
+def vllm_bytes(args, work: Workload, hw: Hardware, compute: int) -> float:
+    """vLLM's share of the GPU; on a CPU its weights and its cache."""
+    if not hw.cuda:
+        return work.sampled.params * compute + (512 << 20)
+    return args.vllm_gpu_memory_utilization * hw.bytes
 
 
 def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int, length: int) -> float:
@@ -195,6 +226,13 @@ def check(args, work_of) -> None:
     if args.plan:
         print(render(args, work, hw))
         raise SystemExit(0)
+    if uses_vllm(args, hw):
+        share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / args.vllm_tp
+        common.require(
+            share > weights,
+            f"--vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {share / GB:.1f} GB do not hold the "
+            f"{weights / GB:.1f} GB of weights that vLLM keeps on each GPU, and its cache; raise it, or --vllm-tp",
+        )
     common.require(
         peak <= hw.bytes * MARGIN,
         f"needs about {peak / GB:.1f} GB per {'GPU' if hw.cuda else 'process'}, there are {hw.bytes / GB:.1f}: "
@@ -216,11 +254,13 @@ def advice(args, work: Workload, hw: Hardware) -> str:
         "rollout_batch_tokens": min(args.rollout_batch_tokens, 4 * length),
     }
     for changes in (
+        {"vllm_sleep": True},
         {"micro_batch_tokens": smaller["micro_batch_tokens"]},
         {"rollout_batch_tokens": smaller["rollout_batch_tokens"]},
         smaller,
         {"gradient_checkpointing": True},
-        smaller | {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "vllm_sleep": True},
+        smaller | {"gradient_checkpointing": True, "vllm_sleep": True},
     ):
         if fits(changes):
             flags = [
@@ -230,11 +270,8 @@ def advice(args, work: Workload, hw: Hardware) -> str:
             ]
             return f"it would fit with {' '.join(flags)}"
     for gpus in (2, 4, 8, 16, 32, 64, 128):
-        if hw.cuda and gpus > hw.gpus and fits(smaller | {"gradient_checkpointing": True}, gpus):
-            return (
-                f"it would fit on {gpus} such GPUs (torchrun) with --gradient-checkpointing --micro-batch-tokens "
-                f"{smaller['micro_batch_tokens']} --rollout-batch-tokens {smaller['rollout_batch_tokens']}"
-            )
+        if hw.cuda and gpus > hw.gpus and fits({"gradient_checkpointing": True, "vllm_sleep": True}, gpus):
+            return f"it would fit on {gpus} such GPUs (torchrun) with --gradient-checkpointing --vllm-sleep"
     return "use smaller models, or hardware with more memory"
 
 

@@ -1,12 +1,14 @@
 """--plan: what it counts against what really is saved and used, what it refuses, and what docs/scaling.md shows of it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, random_model
+import tyro
+from conftest import ROOT, SCRIPTS, random_model
 from transformers import LlamaConfig, Qwen3Config
 
 import opd
@@ -89,7 +91,9 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_would_make_it_fit(hub, m
     with pytest.raises(UsageError, match="it would fit on 2 such GPUs"):
         check(args(plan_gpu="40GB", gradient_checkpointing=True))
     with pytest.raises(UsageError, match="use smaller models"):
-        check(args(plan_gpu="2GB"))
+        check(args(plan_gpu="2GB", sampler="hf"))
+    with pytest.raises(UsageError, match="--vllm-gpu-memory-utilization 0.3: 3.0 GB do not hold the 3.4 GB of weights"):
+        check(args(plan_gpu="10GB"))
 
 
 def test_more_gpus_take_less_memory_each(hub, monkeypatch):
@@ -102,6 +106,23 @@ def test_more_gpus_take_less_memory_each(hub, monkeypatch):
         hw = plan.Hardware.find(replace(arguments, plan_gpu=f"{gpus}x80GB"))
         peaks.append(max(sum(phase.values()) for phase in plan.estimate(arguments, work, hw).values()))
     assert peaks[:3] == sorted(peaks, reverse=True)[:3]
+
+
+def documented_plans():
+    """(script, flags, output) of every command of docs/scaling.md with --plan and the block of text behind it."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = re.findall(r"```bash\npython (\S+) ([^`]*?--plan)\n```\n+```text\n([^`]*)```", page)
+    assert len(found) >= 5
+    return found
+
+
+@pytest.mark.parametrize("script, flags, expected", documented_plans())
+def test_documented_plans_are_what_the_commands_print(hub, monkeypatch, capsys, script, flags, expected):
+    monkeypatch.chdir(hub)
+    module = SCRIPTS[script.removesuffix(".py")]
+    with pytest.raises(SystemExit):
+        module.main(tyro.cli(module.Args, args=flags.replace("\\\n", " ").split()))
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("script, models", [
