@@ -4,6 +4,7 @@ prompts, loading models, sampling, batching, evaluation, logging, checkpoints. T
 
 import functools
 import json
+import math
 import platform
 import random
 import re
@@ -36,6 +37,7 @@ from samplers import HFSampler, autocast  # noqa: E402, F401
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+RETRY_WAITS = (1, 3)  # seconds between tries of a hub that fails, on top of its client's own
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -87,10 +89,47 @@ def go_offline_without_network() -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # requests' or httpx's, by version
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    for wait in (*RETRY_WAITS, None):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+            return
+        except Exception:  # requests' or httpx's, by version
+            if wait is not None:
+                time.sleep(wait)
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def from_hub(load, path: str):
+    """load(), tried again a few times where the hub, or the way to it, failed for a reason that may pass."""
+    from huggingface_hub import constants
+
+    if Path(path).exists():
+        return load()
+    go_offline_without_network()
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return load()
+        except Exception as error:
+            if wait is None or constants.HF_HUB_OFFLINE or not may_pass(error):
+                raise
+            print(f"{path}: {first_line(error)}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is a failed connection or a busy server: not a wrong name or token."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status == 429 or status >= 500
+        if isinstance(error, (ConnectionError, TimeoutError)) or re.search("Timeout|Connect|Protocol", type(error).__name__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_rows(spec: str, flag: str) -> list[dict]:
@@ -103,19 +142,17 @@ def load_rows(spec: str, flag: str) -> list[dict]:
 
         if path.suffix in (".json", ".parquet"):
             return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
-        go_offline_without_network()
         name, config, split = (spec.split(":", 2) + [None, None])[:3]
         if config is None:
-            configs = datasets.get_dataset_config_names(name)
+            configs = from_hub(lambda: datasets.get_dataset_config_names(name), name)
             config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
             require(config, f"{flag} {spec}: choose a config, {flag} {name}:CONFIG, one of {', '.join(configs)}")
-        return list(datasets.load_dataset(name, config, split=split or "train"))
+        return list(from_hub(lambda: datasets.load_dataset(name, config, split=split or "train"), name))
     except UsageError:
         raise
     except Exception as error:  # a missing file, bad JSON, no network: all end the same way for the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UsageError(
-            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({reason}). "
+            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({first_line(error)}). "
             f"Check the path, or the network and the name:config:split"
         ) from None
 
@@ -212,19 +249,18 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if "custom code" in str(error):
+        return UsageError(f"{flag} {path}: brings its own code, which is never run; use a Qwen or Llama checkpoint")
     return UsageError(
         f"{flag} {path}: cannot load it as a local checkpoint folder or from the Hugging Face hub "
-        f"({reason}). Check the path, or the network and the hub id"
+        f"({first_line(error)}). Check the path, or the network and the hub id"
     )
 
 
 def load_tokenizer(path: str, flag: str):
     """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
-    if not Path(path).exists():
-        go_offline_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
     except (OSError, ValueError) as error:
         raise explain_missing(flag, path, error) from None
     require(
@@ -246,7 +282,8 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
     masters (float64 under --dtype float64); frozen ones are stored in the compute dtype."""
     try:
         master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True).to(device).eval()
+        options = {"dtype": master, "use_safetensors": True, "trust_remote_code": False}
+        model = from_hub(lambda: AutoModelForCausalLM.from_pretrained(path, **options), path).to(device).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise explain_missing(flag, path, error) from None
     try:
@@ -260,23 +297,6 @@ def enable_gradient_checkpointing(model) -> None:
     """Recompute activations in backward. Transformers does so in train mode only; the supported models have no dropout."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-
-
-def require_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
-    """Token-level distillation needs one mapping from ids to text, and one id that ends a turn."""
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    differing = {token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)}
-    require(
-        not differing,
-        f"--teacher and --student map {len(differing)} tokens to different ids (for example "
-        f"{sorted(differing)[0] if differing else ''!r}): token-level distillation needs one "
-        f"tokenizer; choose both from one model family",
-    )
-    require(
-        teacher_tokenizer.eos_token_id == student_tokenizer.eos_token_id,
-        f"--teacher ends a turn with {teacher_tokenizer.eos_token!r} and --student with "
-        f"{student_tokenizer.eos_token!r}: use two instruct checkpoints, or set one eos_token for both",
-    )
 
 
 # ---------------------------------------------------------------------------------------------- batches and scoring
@@ -350,6 +370,8 @@ class Run:
             "finished": False,
             "command": command_line(),
             "args": asdict(args),
+            "preflight": None,
+            "stopped": None,
             "git_revision": git_revision(),
             "packages": {name: version(name) for name in PACKAGES},
             "hardware": {
@@ -374,6 +396,11 @@ class Run:
             except ImportError:
                 raise UsageError("--wandb needs a package: pip install wandb") from None
             self.wandb = wandb.init(project="sparse-to-dense", name=self.out.name, config=asdict(args))
+
+    def note(self, **entries) -> None:
+        """Add entries to run.json."""
+        self.record |= entries
+        self._write_record()
 
     def _write_record(self):
         (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
@@ -404,6 +431,42 @@ class Run:
         }
         self._write_record()
         print(f"wrote {self.out}/ in {self.record['wall_time_s']:.0f} s")
+
+
+class StopRules:
+    """Ends a run that goes wrong: the checkpoint is saved, run.json says why and stays unfinished, the exit code is 3."""
+
+    EXIT_CODE = 3
+
+    def __init__(self, args, run, model, tokenizer, dtype):
+        self.args, self.saved, self.run, self.steps_truncated = args, (model, tokenizer, run.out, dtype), run, 0
+
+    def unless_finite(self, step: int, **values) -> None:
+        """Stop at a nan or inf. Called before the optimizer's step, so that it never reaches the weights that are saved."""
+        bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
+        if bad:
+            names = " and ".join(f"{name} {value}" for name, value in bad.items())
+            self.stop(
+                f"step {step}: {names}; the update was not applied. Lower --learning-rate, or look at the step's data "
+                f"and at --dtype"
+            )
+
+    def if_truncated(self, step: int, truncated_frac: float) -> None:
+        """Stop after --stop-patience steps in a row with a truncated_frac above --stop-truncated-frac (0: never)."""
+        bound, patience = self.args.stop_truncated_frac, self.args.stop_patience
+        self.steps_truncated = self.steps_truncated + 1 if bound and truncated_frac > bound else 0
+        if bound and self.steps_truncated >= patience:
+            self.stop(
+                f"step {step}: charts/truncated_frac above {bound:g} for {patience} steps: responses do not end. Raise "
+                f"--max-response-tokens, check the EOS ids with --preflight-only, or set --stop-truncated-frac 0"
+            )
+
+    def stop(self, reason: str) -> None:
+        self.run.bar.close()
+        save_checkpoint(*self.saved)
+        self.run.note(stopped=reason)
+        print(f"stopped at {reason}\nsaved the weights so far to {self.run.out}/", file=sys.stderr)
+        sys.exit(self.EXIT_CODE)
 
 
 def save_checkpoint(model, tokenizer, out: Path, dtype: torch.dtype) -> None:

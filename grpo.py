@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 
 import common
+import telemetry
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+from samples_page import RESPONSES, Samples
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Args:
     """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    sample_every: int = 20
+    """write sample responses with reward and logprobs to samples.jsonl and samples.html every so many steps; 0: never"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -87,6 +91,10 @@ class Args:
     """gradient clipping"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    stop_truncated_frac: float = 0.95
+    """save and stop once more than this share of the responses is truncated for stop_patience steps; 0: never"""
+    stop_patience: int = 10
+    """steps in a row that stop_truncated_frac waits for"""
 
     # loss
     clip_low: float = 0.2
@@ -108,8 +116,9 @@ def main(args: Args) -> None:
     require(args.group_size >= 2, f"--group-size {args.group_size}: a group of one has no baseline; use 2 or more")
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step minibatch_prompts max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate stop_patience"
     common.require_positive(args, sizes)
+    require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(
         args.prompts_per_step % args.minibatch_prompts == 0,
         f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatch-prompts "
@@ -150,6 +159,8 @@ def main(args: Args) -> None:
     sampler = common.HFSampler(model, tokenizer, dtype, **sampling)
     eval_sampler = common.HFSampler(model, tokenizer, dtype, **sampling)  # its own, so that looking changes no training
     grader = common.Grader(args.grader)
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
+    stop = common.StopRules(args, run, model, tokenizer, dtype)
     stream = common.problem_stream(len(problems), args.seed)
     G = args.group_size
 
@@ -263,6 +274,7 @@ def main(args: Args) -> None:
                 trained_tokens += len(ids)
             if rows:
                 grad_norm += float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                stop.unless_finite(step, policy_loss=sums[4], ref_kl=sums[5], grad_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 updates += 1
@@ -282,6 +294,7 @@ def main(args: Args) -> None:
             "charts/reward": float(by_group.mean()),
             "charts/response_length": response_tokens / len(all_responses),
             "charts/truncated_frac": sum(r.truncated for r in all_responses) / len(all_responses),
+            "charts/repetition": telemetry.repetition([r.ids for r in all_responses]),
             "charts/zero_std_frac": float((by_group.std(dim=1) == 0).float().mean()),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": response_tokens / step_time,
@@ -310,6 +323,14 @@ def main(args: Args) -> None:
             f"reward {metrics['charts/reward']:.3f}, {metrics['charts/response_length']:.0f} tokens, "
             f"{metrics['charts/tokens_per_sec']:.0f} tok/s",
         )
+        if responses and samples.due(step):
+            shown, shown_ids = responses[:RESPONSES], [r.ids for r in responses[:RESPONSES]]
+            surprisal = -torch.tensor([lp for r in shown for lp in r.sampler_logprobs])  # (N,)
+            samples.keep(step, range(len(shown)), shown_ids, surprisal=surprisal)
+            of_response = [problems[i] for i, group, _ in groups for _ in group]
+            cut = [r.truncated for r in shown]
+            samples.write(step, of_response, shown_ids, cut, rewards=rewards.flatten(), advantages=advantages)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
 
     grader.close()
     run.finish(model, tokenizer, dtype)
