@@ -98,11 +98,11 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
 def facts(flag: str, path: str, tokenizer, thinking: bool) -> SimpleNamespace:
     """What the checks need of one model: ids that end its responses, what its template puts where."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = common.from_hub(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), path)
     except (OSError, ValueError) as error:
         raise common.explain_missing(flag, path, error) from None
     try:
-        generation_config = GenerationConfig.from_pretrained(path)
+        generation_config = common.from_hub(lambda: GenerationConfig.from_pretrained(path), path)
     except OSError:  # there is no generation_config.json: transformers takes the model's config
         generation_config = GenerationConfig.from_model_config(config)
     stops = eos_token_ids(SimpleNamespace(generation_config=generation_config), tokenizer)

@@ -181,6 +181,8 @@ def test_force_goes_on_and_is_recorded(cli, typed, tmp_path, script):
     assert code == 0, err
     assert "preflight warning, forced, base_against_instruct: --student" in out
     record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["preflight"].keys() == {"forced", "warnings", "teacher_logprob", "teacher_logprob_student_prompt",
+                                          "self_kl", "reverse_kl"}  # fmt: skip
     assert record["finished"] and [line.split(":")[0] for line in record["preflight"]["forced"]] == ["base_against_instruct"]
 
 
@@ -301,6 +303,40 @@ def test_a_damaged_checkpoint_is_refused(cli, typed, tmp_path):
     toy.make_tokenizer().save_pretrained(tmp_path / "broken")
     result = cli("opd", *typed(*STEP["opd"], teacher=tmp_path / "broken"))
     assert_refused(result, "preflight, weights: a model gives nan or inf", "--teacher or --student")
+
+
+def test_a_student_that_should_be_its_teacher_and_is_not(cli, typed, monkeypatch, checkpoints):
+    """Something between the folder and the loss changed its weights: a dtype, an adapter, a broken load."""
+    import torch
+
+    load_model = common.load_model
+
+    def broken_load(*a, trainable, **kw):
+        model = load_model(*a, trainable=trainable, **kw)
+        if trainable:
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(common, "load_model", broken_load)
+    result = cli("opd", *typed(*STEP["opd"], teacher=checkpoints.student))
+    assert_refused(result, "preflight, self_kl: --teacher is --student, yet they differ by")
+
+
+def test_a_teacher_unsure_of_its_own_answers_is_a_warning(typed, capsys, monkeypatch, tmp_path):
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "<|system|>3" + toy.CHAT_TEMPLATE
+    teacher = checkpoint(tmp_path / "teacher", tokenizer)
+    monkeypatch.setattr(preflight, "LOGPROB_WARNING", 0.0)
+    monkeypatch.setattr(preflight, "LOGPROB_DROP_WARNING", 0.0)
+    report, _ = models_report("opd", typed, capsys, monkeypatch, teacher=teacher)
+    own, behind_student = report.figures["teacher_logprob"], report.figures["teacher_logprob_student_prompt"]
+    names = [line.split(":")[0] for line in report.warnings]
+    assert own < 0 and names.count("teacher_logprob") == 1 + (behind_student < own)
+    assert behind_student < own, "greedy answers are likeliest behind the prompt they were given to"
+    monkeypatch.undo()
+    report, _ = models_report("opd", typed, capsys, monkeypatch)
+    assert report.figures["teacher_logprob"] == report.figures["teacher_logprob_student_prompt"], "one prompt for both"
 
 
 def test_training_is_the_same_with_and_without_the_checks(run_script, checkpoints, data, monkeypatch):
