@@ -1,10 +1,10 @@
 # docs/benchmarks.md
 """What the telemetry of a training script costs, as a share of a step.
 
-Runs the script's own main. Two measures: the seconds spent inside each telemetry function over the seconds of all steps
-(both slow down alike on a busy machine), and the median step with telemetry against the median step without, the two
-taking turns step by step within one run. A step is what lies between two calls at the end of the loop, so writing samples
-is in it. The first 4 steps are warm-up.
+Runs the script's own main. Two measures: the seconds spent inside each telemetry function over the seconds of all steps,
+and the median step with telemetry against the median step without, the two taking turns step by step within one run. A
+step is what lies between two calls at the end of the loop, so writing samples is in it. The first 4 steps are warm-up.
+Without a GPU the seconds are the process's CPU seconds, which other processes on the machine do not disturb.
 
     python benchmarks/telemetry.py opd.py --teacher runs/demo/teacher_rl --student runs/demo/bridge_warmup \\
         --train-data runs/demo/world/train.jsonl --instruction "" --max-response-tokens 64 --prompts-per-step 64 \\
@@ -28,6 +28,7 @@ import samples_page  # noqa: E402
 import telemetry  # noqa: E402
 
 WARMUP = 4  # steps
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 IDLE = {  # what each telemetry function is in a step without telemetry
     "repetition": lambda *_: 0.0,
     "sums_by_third": lambda *_: torch.zeros(6, dtype=torch.float64),
@@ -50,9 +51,9 @@ def main(script: str, words: list[str]) -> None:
         def call(*a, **kw):
             if not state["on"]:
                 return IDLE[name](*a, **kw)
-            start = time.perf_counter()
+            start = clock()
             result = original(*a, **kw)
-            state["spent"][name] += time.perf_counter() - start
+            state["spent"][name] += clock() - start
             return result
 
         setattr(owner, name, call)
@@ -66,13 +67,13 @@ def main(script: str, words: list[str]) -> None:
 
     def end_of_step(*a):
         if_truncated(*a)
-        now = time.perf_counter()
+        now = clock()
         state["count"] += 1
         if state["count"] > WARMUP:
             steps[state["on"]].append(now - state["last"])
             for name, seconds in state["spent"].items():
                 inside[name] += seconds
-        state["on"], state["spent"], state["last"] = not state["on"], defaultdict(float), time.perf_counter()
+        state["on"], state["spent"], state["last"] = not state["on"], defaultdict(float), clock()
 
     module.common.StopRules.if_truncated = end_of_step
     module.main(args)

@@ -4,6 +4,8 @@ import html.parser
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -292,3 +294,19 @@ def test_a_long_response_is_cut_on_the_page_only():
            "tokens": ["a"] * n, "values": {"reverse_kl": [0.0] * n}}  # fmt: skip
     document = page("run", [row], "reverse_kl")
     assert document.count("data-t=") == samples_page.PAGE_TOKENS and "and 5 tokens more" in document
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser: apt-get install chromium")
+def test_a_browser_reads_the_page(train, tmp_path):
+    """Chromium's own tree of the document: as many tokens as there are, and text that was hostile is text."""
+    run = train("opd", max_steps=1)
+    rows = read_jsonl(run.out / "samples.jsonl")
+    rows[0]["tokens"][0] = "<script>document.title = 'hacked'</script>"
+    (tmp_path / "page.html").write_text(page("run", rows, "reverse_kl"), encoding="utf-8")
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    dom = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120
+    )
+    assert "<title>Samples of run</title>" in dom.stdout and "<script" not in dom.stdout
+    assert dom.stdout.count("data-t=") == sum(len(row["tokens"]) for row in rows)
