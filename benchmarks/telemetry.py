@@ -3,12 +3,13 @@
 
 Runs the script's own main. Two measures: the seconds spent inside each telemetry function over the seconds of all steps,
 and the median step with telemetry against the median step without, the two taking turns step by step within one run. A
-step is what lies between two calls at the end of the loop, so writing samples is in it. The first 4 steps are warm-up.
-Without a GPU the seconds are the process's CPU seconds, which other processes on the machine do not disturb.
+step is what lies between two calls at the end of the loop, so writing samples is in it (with an odd --sample-every they
+fall into steps with and without in turn). The first 4 steps are warm-up. Without a GPU the seconds are the process's CPU
+seconds, less disturbed by what else the machine is doing.
 
     python benchmarks/telemetry.py opd.py --teacher runs/demo/teacher_rl --student runs/demo/bridge_warmup \\
         --train-data runs/demo/world/train.jsonl --instruction "" --max-response-tokens 64 --prompts-per-step 64 \\
-        --micro-batch-tokens 2048 --learning-rate 1e-9 --max-steps 200 --out runs/telemetry
+        --micro-batch-tokens 2048 --learning-rate 1e-9 --sample-every 19 --max-steps 200 --out runs/telemetry
 """
 
 import importlib
