@@ -7,9 +7,7 @@ step is what lies between two calls at the end of the loop, so writing samples i
 fall into steps with and without in turn). The first 4 steps are warm-up. Without a GPU the seconds are the process's CPU
 seconds, less disturbed by what else the machine is doing.
 
-    python benchmarks/telemetry.py opd.py --teacher runs/demo/teacher_rl --student runs/demo/bridge_warmup \\
-        --train-data runs/demo/world/train.jsonl --instruction "" --max-response-tokens 64 --prompts-per-step 64 \\
-        --micro-batch-tokens 2048 --learning-rate 1e-9 --sample-every 19 --max-steps 200 --out runs/telemetry
+    python benchmarks/telemetry.py opd.py --teacher A --student B --train-data C --sample-every 19 --max-steps 200
 """
 
 import importlib
