@@ -35,7 +35,7 @@ class Samples:
 
     def keep(self, step: int, micro_batch: list[int], response_ids: list[list[int]], **per_token) -> None:
         """Per-token values (N,) of a micro-batch: `micro_batch` are rows of the batch, `response_ids` those rows' ids."""
-        if not self.due(step) or min(micro_batch) >= RESPONSES:
+        if not self.due(step) or min(micro_batch, default=RESPONSES) >= RESPONSES:
             return
         lengths = [len(ids) for ids in response_ids]
         split = {name: values.detach().float().cpu().split(lengths) for name, values in per_token.items()}

@@ -23,7 +23,7 @@ def repetition(responses: list[list[int]]) -> float:
 def sums_by_third(values, lengths: list[int]):
     """values (N,), packed response after response -> (6,) float64 on the CPU: sums over the early, middle and late third of
     each response, and the number of tokens in each."""
-    length = torch.tensor(lengths)
+    length = torch.tensor(lengths, dtype=torch.long)
     start = (length.cumsum(0) - length).repeat_interleave(length)  # (N,) where the token's response begins
     third = (torch.arange(len(start)) - start) * 3 // length.repeat_interleave(length)  # (N,)
     values = values.detach().double().cpu()

@@ -84,6 +84,16 @@ def test_top_k_of_a_model_with_itself_is_all_of_it():
     assert overlap == count == 4 and student == teacher < count
 
 
+def test_no_rows_add_nothing(tmp_path):
+    """A rank may have no rows of its own."""
+    nothing, head = torch.zeros(0, 4), torch.randn(10, 4)
+    assert telemetry.sums_by_third(torch.zeros(0), []).tolist() == [0.0] * 6
+    assert telemetry.top_k_sums(nothing, head, TeacherHead(nothing, head), 1.0, 100).tolist() == [0.0] * 4
+    samples = Samples(tmp_path, toy.make_tokenizer(), 1, "reverse_kl")
+    samples.keep(1, [], [], reverse_kl=torch.zeros(0))
+    assert samples.kept == {}
+
+
 def test_a_large_step_samples_few_positions():
     hidden, head = torch.randn(10_000, 2), torch.randn(10, 2)
     count = telemetry.top_k_sums(hidden, head, TeacherHead(hidden, head), 1.0, tokens=100_000)[3]
