@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from conftest import ROOT, random_model
+from huggingface_hub import constants
 from test_bad_input import assert_refused, command
 
 import common
@@ -98,6 +99,7 @@ def caused_by(error, cause):
 def flaky(monkeypatch):
     """`flaky(*errors)`: a loader that raises these, one a call, and then returns "loaded"; and the waits it led to."""
     monkeypatch.setattr(common, "go_offline_without_network", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # another test may have found no network
 
     def make(*errors):
         waits, errors = [], list(errors)
