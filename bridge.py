@@ -65,6 +65,8 @@ class Args:
     """seed of every stage"""
     nproc: int = 1
     """processes per stage, one per GPU: each stage runs under torchrun"""
+    force: bool = False
+    """go on where a preflight finds an error; the stages record it in their run.json"""
 
 
 def toy_settings(args: Args) -> None:
@@ -105,6 +107,11 @@ def execute(command: str, done: Path, inputs: list[str] = (), nproc: int = 1) ->
     if finished:
         print(f"# finished before: {command}", flush=True)
         return
+    call(command, nproc)
+
+
+def call(command: str, nproc: int = 1) -> None:
+    """Print and run one command, under torchrun for several processes; its exit code, unless 0, is this one's."""
     script, *flags = shlex.split(command)[1:]
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
     print(f"\n$ {shlex.join([*launcher, script, *flags])}", flush=True)
@@ -163,10 +170,19 @@ def main(args: Args) -> None:
         "bridge_grpo": ("grpo.py", {"--model": f"{out}/bridge"}, heldout, args.stage3_flags),
     }
     wanted = [name for name in stages if any(name in ARMS[arm] for arm in arms)]
+
+    # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
+    force = " --force" if args.force else ""
+    if any(stages[name][0] == "opd.py" for name in wanted) and not any(common.finished(f"{out}/{name}") for name in wanted):
+        models = f"--teacher {q(teacher)} --student {q(student)}"
+        flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{force}"
+        call(shlex.join(shlex.split(f"python opd.py --preflight-only {models} {flags}")))
+
     for name in wanted:
         script, models, data, flags = stages[name]
         named = " ".join(f"{flag} {q(model)}" for flag, model in models.items())
         command = f"python {script} {named} --train-data {q(data)} --out {q(out)}/{name} --seed {args.seed} --resume {flags}"
+        command += force if script != "grpo.py" else ""
         execute(command, Path(out, name, "run.json"), list(models.values()), args.nproc)
 
     # ---- measure the base models and the student of every stage

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -42,6 +43,7 @@ from samplers import HFSampler, autocast  # noqa: E402, F401
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+RETRY_WAITS = (1, 3)  # seconds between tries of a hub that fails, on top of its client's own
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -51,7 +53,7 @@ class UsageError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that ends before its last step for a reason that the message gives. Exit code 1."""
+    """A run that ends before its last step for a reason that the message gives. Exit code 3."""
 
 
 def run(main, args_class) -> None:
@@ -65,7 +67,7 @@ def run(main, args_class) -> None:
         main(args)
     except (UsageError, RunStopped) as error:
         parallel.report_failure(f"error: {error}")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, UsageError) else 3)
     except Exception:
         parallel.exit_on_failure()
         raise
@@ -106,10 +108,46 @@ def go_offline_without_network() -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # requests' or httpx's, by version
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    for last in (False, True):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+            return
+        except Exception:  # requests' or httpx's, by version
+            time.sleep(0 if last else RETRY_WAITS[0])
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def from_hub(load, path: str):
+    """load(), tried again a few times where the hub, or the way to it, failed for a reason that may pass."""
+    from huggingface_hub import constants
+
+    if Path(path).exists():
+        return load()
+    go_offline_without_network()
+    for wait in (*RETRY_WAITS, None):
+        try:
+            return load()
+        except Exception as error:
+            if wait is None or constants.HF_HUB_OFFLINE or not may_pass(error):
+                raise
+            print(f"{path}: {first_line(error)}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is a failed connection or a busy server: not a wrong name or token."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status == 429 or status >= 500
+        if isinstance(error, (ConnectionError, TimeoutError)) or re.search("Timeout|Connect|Protocol", type(error).__name__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def load_rows(spec: str, flag: str) -> list[dict]:
@@ -122,19 +160,17 @@ def load_rows(spec: str, flag: str) -> list[dict]:
 
         if path.suffix in (".json", ".parquet"):
             return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
-        go_offline_without_network()
         name, config, split = (spec.split(":", 2) + [None, None])[:3]
         if config is None:
-            configs = datasets.get_dataset_config_names(name)
+            configs = from_hub(lambda: datasets.get_dataset_config_names(name), name)
             config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
             require(config, f"{flag} {spec}: choose a config, {flag} {name}:CONFIG, one of {', '.join(configs)}")
-        return list(datasets.load_dataset(name, config, split=split or "train"))
+        return list(from_hub(lambda: datasets.load_dataset(name, config, split=split or "train"), name))
     except UsageError:
         raise
     except Exception as error:  # a missing file, bad JSON, no network: all end the same way for the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UsageError(
-            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({reason}). "
+            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({first_line(error)}). "
             f"Check the path, or the network and the name:config:split"
         ) from None
 
@@ -239,19 +275,18 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if "custom code" in str(error):
+        return UsageError(f"{flag} {path}: brings its own code, which is never run; use a Qwen or Llama checkpoint")
     return UsageError(
         f"{flag} {path}: cannot load it as a local checkpoint folder or from the Hugging Face hub "
-        f"({reason}). Check the path, or the network and the hub id"
+        f"({first_line(error)}). Check the path, or the network and the hub id"
     )
 
 
 def load_tokenizer(path: str, flag: str):
     """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
-    if not Path(path).exists():
-        go_offline_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
     except (OSError, ValueError) as error:
         raise explain_missing(flag, path, error) from None
     require(
@@ -275,13 +310,13 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
     master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True, trust_remote_code=False)
 
     try:
         if parallel.world_size() == 1:
-            model = load().to("cpu" if offload else device)
+            model = from_hub(load, path).to("cpu" if offload else device)
         else:
-            model = parallel.load_sharded(path, load, master, dtype, hybrid_shard, offload)
+            model = parallel.load_sharded(path, lambda: from_hub(load, path), master, dtype, hybrid_shard, offload)
     except (OSError, ValueError, SafetensorError) as error:
         raise explain_missing(flag, path, error) from None
     try:
@@ -301,23 +336,6 @@ def enable_gradient_checkpointing(model) -> None:
     """Recompute activations in backward. Transformers does so in train mode only; the supported models have no dropout."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-
-
-def require_same_tokenizer(teacher_tokenizer, student_tokenizer) -> None:
-    """Token-level distillation needs one mapping from ids to text, and one id that ends a turn."""
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    differing = {token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token)}
-    require(
-        not differing,
-        f"--teacher and --student map {len(differing)} tokens to different ids (for example "
-        f"{sorted(differing)[0] if differing else ''!r}): token-level distillation needs one "
-        f"tokenizer; choose both from one model family",
-    )
-    require(
-        teacher_tokenizer.eos_token_id == student_tokenizer.eos_token_id,
-        f"--teacher ends a turn with {teacher_tokenizer.eos_token!r} and --student with "
-        f"{student_tokenizer.eos_token!r}: use two instruct checkpoints, or set one eos_token for both",
-    )
 
 
 # ---------------------------------------------------------------------------------------------- batches and scoring
@@ -397,7 +415,7 @@ def response_hidden(model, prompts: list[list[int]], responses: list[list[int]])
         predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
     forward = getattr(model, "hooked_base_model", model.base_model)  # the former gathers a sharded model's weights
     hidden = forward(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
-    ids = torch.cat([torch.tensor(response) for response in responses]).to(hidden.device)
+    ids = torch.cat([torch.tensor(response, dtype=torch.long) for response in responses]).to(hidden.device)
     return hidden[predicts.to(hidden.device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)
 
 
@@ -466,6 +484,8 @@ class Run:
             "finished": False,
             "command": command_line(),
             "args": asdict(args),
+            "preflight": None,
+            "stopped": None,
             "git_revision": git_revision(),
             "packages": {name: version(name) for name in PACKAGES},
             "hardware": {
@@ -521,6 +541,12 @@ class Run:
                 f"--out {self.out}: {error} ({free:.1f} GB free there). "
                 + (f"{whole} is whole: make room, then run the same command with --resume" if whole else "Make room")
             ) from None
+
+    def note(self, **entries) -> None:
+        """Add entries to run.json."""
+        self.record |= entries
+        if parallel.rank() == 0:
+            self._write_record()
 
     def _write_record(self):
         (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
@@ -594,6 +620,39 @@ def keep_metrics(out: Path, last_step: int) -> int:
     lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
     path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
     return last_step
+
+
+class StopRules:
+    """Ends a run that goes wrong: the weights are saved, run.json says why and stays unfinished. Every rank must see the
+    same values, because all of them save."""
+
+    def __init__(self, args, run, model, tokenizer, dtype):
+        self.args, self.saved, self.run, self.steps_truncated = args, (model, tokenizer, run.out, dtype), run, 0
+
+    def unless_finite(self, step: int, **values) -> None:
+        """Stop at a nan or inf. Called before the optimizer's step, so that it never reaches the weights that are saved."""
+        bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
+        if bad:
+            names = " and ".join(f"{name} {value}" for name, value in bad.items())
+            self.stop(
+                f"step {step}: {names}; the update was not applied. Lower --learning-rate, or look at the step's data "
+                f"and at --dtype"
+            )
+
+    def if_truncated(self, step: int, truncated_frac: float) -> None:
+        """Stop after --stop-patience steps in a row with a truncated_frac above --stop-truncated-frac (0: never)."""
+        bound, patience = self.args.stop_truncated_frac, self.args.stop_patience
+        self.steps_truncated = self.steps_truncated + 1 if bound and truncated_frac > bound else 0
+        if bound and self.steps_truncated >= patience:
+            self.stop(
+                f"step {step}: charts/truncated_frac above {bound:g} for {patience} steps: responses do not end. Raise "
+                f"--max-response-tokens, check the EOS ids with --preflight-only, or set --stop-truncated-frac 0"
+            )
+
+    def stop(self, reason: str) -> None:
+        save_model(*self.saved)
+        self.run.note(stopped=reason)
+        raise RunStopped(f"stopped at {reason}. Saved the weights so far to {self.run.out}/")
 
 
 def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:

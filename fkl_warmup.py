@@ -20,8 +20,11 @@ import torch
 import common
 import parallel
 import plan
+import preflight
+import telemetry
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+from samples_page import Samples
 
 PROBLEMS_PER_PART = 1024  # sampled between two writes to rollouts.jsonl
 
@@ -59,6 +62,12 @@ class Args:
     """print memory per GPU, tokens and FLOPs a step, and whether this command fits; then exit"""
     plan_gpu: str | None = None
     """plan for such GPUs (80GB, 8x80GB) instead of the hardware found"""
+    sample_every: int = 20
+    """write sample responses with per-token KL to samples.jsonl and samples.html every so many steps; 0: never"""
+    preflight_only: bool = False
+    """check that teacher and student fit, print what was found and end without training"""
+    force: bool = False
+    """go on where the preflight finds an error, recording it in run.json"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -113,6 +122,10 @@ class Args:
     """gradient clipping"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    stop_truncated_frac: float = 0.95
+    """save and stop once more than this share of the responses is truncated for stop_patience steps; 0: never"""
+    stop_patience: int = 10
+    """steps in a row that stop_truncated_frac waits for"""
 
     # loss
     loss: Literal["forward_kl", "ce"] = "forward_kl"
@@ -123,8 +136,9 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "rollouts_per_prompt rollouts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last stop_patience"
     common.require_positive(args, sizes)
+    require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     plan.check(
         args,
@@ -140,7 +154,7 @@ def main(args: Args) -> None:
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
-    common.require_same_tokenizer(teacher_tokenizer, tokenizer)
+    checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
 
     problems, [prompts, teacher_prompts] = common.render_prompts(
         [tokenizer, teacher_tokenizer],
@@ -170,16 +184,23 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or -(-args.epochs * rollout_count // args.rollouts_per_step)  # the last wraps around
 
     # ---- models, optimizer
-    run = common.Run(args, total_steps)
+    run = None if args.preflight_only else common.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
     teacher = common.load_model(args.teacher, "--teacher", device, dtype, trainable=False, hybrid_shard=args.hybrid_shard)
+    preflight.check_models(args, checks, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, warmup=True)
+    if args.preflight_only:
+        print("preflight: nothing stands in the way" if not checks.forced else "preflight: goes on by --force alone")
+        return
+    run.note(preflight=preflight.record(checks))
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
-    grader = common.Grader()  # for --eval-data alone
+    grader = common.Grader()  # for --eval-data and the samples alone
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="forward_kl")
+    stop = common.StopRules(args, run, model, tokenizer, dtype)
 
     # ---- rollout: the teacher answers every problem, once and for all steps
     rollout_start = time.time()
@@ -210,7 +231,7 @@ def main(args: Args) -> None:
         tokens = sum(map(len, response_ids))  # the loss's one denominator
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
-        sums, score_time = torch.zeros(5, dtype=torch.float64), 0.0
+        sums, score_time = torch.zeros(15, dtype=torch.float64), 0.0
         lengths = [len(prompts[i]) + len(r) for i, r in zip(rows, response_ids, strict=True)]
         for micro_batch in parallel.share(common.micro_batches(lengths, args.micro_batch_tokens)):
             chosen_ids = [response_ids[k] for k in micro_batch]
@@ -242,25 +263,38 @@ def main(args: Args) -> None:
                 stats.student_entropy.sum(),
                 stats.teacher_entropy.sum(),
             ]
-            sums += torch.stack([v.double().cpu() for v in values])
-        grad_norm = common.clip_gradients(model, args.max_grad_norm)
+            sums[:5] += torch.stack([v.double().cpu() for v in values])
+            sums[5:11] += telemetry.sums_by_third(stats.forward_kl, [len(r) for r in chosen_ids])
+            sums[11:] += telemetry.top_k_sums(hidden, head, target, args.temperature, tokens)
+            samples.keep(step, micro_batch, chosen_ids, **stats._asdict())
+        sums, grad_norm = parallel.all_reduce(sums), common.clip_gradients(model, args.max_grad_norm)
+        stop.unless_finite(step, policy_loss=sums[0], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         step_time = time.time() - step_start
 
         # ---- log
-        policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (parallel.all_reduce(sums) / tokens).tolist()
+        policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (sums[:5] / tokens).tolist()
+        early, middle, late = (sums[5:8] / sums[8:11].clamp(min=1)).tolist()
+        overlap, student_mass, teacher_mass = (sums[11:14] / sums[14]).tolist()
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(row["truncated"] for row in batch) / len(batch),
+            "charts/repetition": telemetry.repetition(response_ids),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": tokens / step_time,
             "losses/policy_loss": policy_loss,
             "losses/forward_kl": forward_kl,
+            "losses/forward_kl_early": early,
+            "losses/forward_kl_middle": middle,
+            "losses/forward_kl_late": late,
             "losses/reverse_kl": reverse_kl,
             "losses/entropy": entropy,
             "losses/teacher_entropy": teacher_entropy,
             "losses/grad_norm": grad_norm,
+            "debug/topk_overlap": overlap,
+            "debug/topk_overlap_mass": student_mass,
+            "debug/topk_overlap_teacher_mass": teacher_mass,
             "time/rollout": rollout_time if step == 1 else 0.0,
             "time/score": score_time,
             "time/train": step_time - score_time,
@@ -271,6 +305,8 @@ def main(args: Args) -> None:
         run.log(
             step, metrics, f"forward_kl {forward_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
         )
+        samples.write(step, [problems[i] for i in rows], response_ids, [row["truncated"] for row in batch], grader)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
         run.checkpoint(step, model, optimizer, stream)
 
     grader.close()

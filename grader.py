@@ -78,8 +78,9 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def normalize(text: str) -> str:
-    """Drops what cannot change the meaning: runs of white space, one pair of enclosing $, a closing full stop."""
-    text = " ".join(text.split())
+    r"""Drops what cannot change the meaning: runs of white space, the size of a \dfrac, one pair of enclosing $, a closing
+    full stop."""
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", " ".join(text.split()))
     if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
         text = text[1:-1].strip()
     return text.removesuffix(".").rstrip()

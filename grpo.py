@@ -20,8 +20,10 @@ import torch
 import common
 import parallel
 import plan
+import telemetry
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+from samples_page import RESPONSES, Samples
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Args:
     """print memory per GPU, tokens and FLOPs a step, and whether this command fits; then exit"""
     plan_gpu: str | None = None
     """plan for such GPUs (80GB, 8x80GB) instead of the hardware found"""
+    sample_every: int = 20
+    """write sample responses with reward and logprobs to samples.jsonl and samples.html every so many steps; 0: never"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -111,6 +115,10 @@ class Args:
     """gradient clipping"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    stop_truncated_frac: float = 0.95
+    """save and stop once more than this share of the responses is truncated for stop_patience steps; 0: never"""
+    stop_patience: int = 10
+    """steps in a row that stop_truncated_frac waits for"""
 
     # loss
     clip_low: float = 0.2
@@ -134,8 +142,9 @@ def main(args: Args) -> None:
     require(args.group_size >= 2, f"--group-size {args.group_size}: a group of one has no baseline; use 2 or more")
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step minibatch_prompts max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last stop_patience"
     common.require_positive(args, sizes)
+    require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(
         args.prompts_per_step % args.minibatch_prompts == 0,
         f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatch-prompts "
@@ -188,6 +197,8 @@ def main(args: Args) -> None:
     longest_prompt = max(map(len, prompts + eval_prompts))
     sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, longest_prompt, **sampling)
     grader = common.Grader(args.grader)
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
+    stop = common.StopRules(args, run, model, tokenizer, dtype)
     G = args.group_size
 
     def evaluate(step):
@@ -310,6 +321,8 @@ def main(args: Args) -> None:
                     sums += torch.stack([v.double().cpu() for v in values])
             if micro_batches:
                 grad_norm += common.clip_gradients(model, args.max_grad_norm)
+                losses = parallel.all_reduce(sums[-2:].clone())
+                stop.unless_finite(step, policy_loss=losses[0], ref_kl=losses[1], grad_norm=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 updates += 1
@@ -330,6 +343,7 @@ def main(args: Args) -> None:
             "charts/reward": float(by_group.mean()),
             "charts/response_length": response_tokens / len(all_responses),
             "charts/truncated_frac": sum(r.truncated for r in all_responses) / len(all_responses),
+            "charts/repetition": telemetry.repetition([r.ids for r in all_responses]),
             "charts/zero_std_frac": float((by_group.std(dim=1) == 0).float().mean()),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": response_tokens / step_time,
@@ -361,6 +375,14 @@ def main(args: Args) -> None:
             f"reward {metrics['charts/reward']:.3f}, {metrics['charts/response_length']:.0f} tokens, "
             f"{metrics['charts/tokens_per_sec']:.0f} tok/s",
         )
+        if responses and samples.due(step):
+            shown, shown_ids = responses[:RESPONSES], [r.ids for r in responses[:RESPONSES]]
+            surprisal = -torch.tensor([lp for r in shown for lp in r.sampler_logprobs])  # (N,)
+            samples.keep(step, range(len(shown)), shown_ids, surprisal=surprisal)
+            of_response = [problems[i] for i, group, _ in groups for _ in group]
+            cut = [r.truncated for r in shown]
+            samples.write(step, of_response, shown_ids, cut, rewards=rewards.flatten(), advantages=advantages)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
         run.checkpoint(step, model, optimizer, stream)
 
     grader.close()

@@ -20,8 +20,11 @@ import torch
 import common
 import parallel
 import plan
+import preflight
+import telemetry
 from common import require
 from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
+from samples_page import Samples
 
 
 @dataclass
@@ -55,6 +58,12 @@ class Args:
     """print memory per GPU, tokens and FLOPs a step, and whether this command fits; then exit"""
     plan_gpu: str | None = None
     """plan for such GPUs (80GB, 8x80GB) instead of the hardware found"""
+    sample_every: int = 20
+    """write sample responses with per-token KL to samples.jsonl and samples.html every so many steps; 0: never"""
+    preflight_only: bool = False
+    """check that teacher and student fit, print what was found and end without training"""
+    force: bool = False
+    """go on where the preflight finds an error, recording it in run.json"""
     tensorboard: bool = False
     """also log to TensorBoard (pip install tensorboard)"""
     wandb: bool = False
@@ -109,6 +118,10 @@ class Args:
     """recompute activations in backward: less memory, about a third more time"""
     offload_teacher: bool = False
     """keep the teacher in the CPU's memory except while it scores; its head stays on the GPU"""
+    stop_truncated_frac: float = 0.95
+    """save and stop once more than this share of the responses is truncated for stop_patience steps; 0: never"""
+    stop_patience: int = 10
+    """steps in a row that stop_truncated_frac waits for"""
 
     # loss
     loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled"] = "reverse_kl"
@@ -128,8 +141,9 @@ def main(args: Args) -> None:
     # ---- check what was typed, before anything expensive
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last"
+    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last stop_patience"
     common.require_positive(args, sizes)
+    require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
@@ -148,7 +162,7 @@ def main(args: Args) -> None:
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
-    common.require_same_tokenizer(teacher_tokenizer, tokenizer)
+    checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
 
     problems, [prompts, teacher_prompts] = common.render_prompts(
         [tokenizer, teacher_tokenizer],
@@ -167,14 +181,27 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
 
     # ---- models, sampler, optimizer
-    run = common.Run(args, total_steps)
+    run = None if args.preflight_only else common.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
     teacher = common.load_model(
-        args.teacher, "--teacher", device, dtype, False, hybrid_shard=args.hybrid_shard, offload=args.offload_teacher
+        args.teacher,
+        "--teacher",
+        device,
+        dtype,
+        trainable=False,
+        hybrid_shard=args.hybrid_shard,
+        offload=args.offload_teacher,
     )
     cache_logits = teacher.config.vocab_size <= teacher.config.hidden_size  # whichever is smaller per token
+    common.move(teacher, device)
+    preflight.check_models(args, checks, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts)
+    common.move(teacher, "cpu" if args.offload_teacher else device)
+    if args.preflight_only:
+        print("preflight: nothing stands in the way" if not checks.forced else "preflight: goes on by --force alone")
+        return
+    run.note(preflight=preflight.record(checks))
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -183,7 +210,9 @@ def main(args: Args) -> None:
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     longest_prompt = max(map(len, prompts + eval_prompts))
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, longest_prompt, **sampling)
-    grader = common.Grader()  # for --eval-data alone
+    grader = common.Grader()  # for --eval-data and the samples alone
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
+    stop = common.StopRules(args, run, model, tokenizer, dtype)
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
@@ -225,7 +254,7 @@ def main(args: Args) -> None:
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
         train_start = time.time()
-        sums, diff_max = torch.zeros(6, dtype=torch.float64), torch.zeros(())
+        sums, diff_max = torch.zeros(16, dtype=torch.float64), torch.zeros(())
         for micro_batch, target in zip(micro_batches, cached, strict=True):
             prompt_ids, chosen_ids = [prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
             reported = torch.tensor([lp for k in micro_batch for lp in responses[k].sampler_logprobs], device=device)  # (N,)
@@ -259,8 +288,12 @@ def main(args: Args) -> None:
                 stats.teacher_entropy.sum(),
                 diff.sum(),
             ]
-            sums += torch.stack([v.double().cpu() for v in values])
-        grad_norm = common.clip_gradients(model, args.max_grad_norm)
+            sums[:6] += torch.stack([v.double().cpu() for v in values])
+            sums[6:12] += telemetry.sums_by_third(stats.reverse_kl, [len(r) for r in chosen_ids])
+            sums[12:] += telemetry.top_k_sums(hidden, head, target, args.temperature, tokens)
+            samples.keep(step, micro_batch, chosen_ids, **stats._asdict())
+        sums, grad_norm = parallel.all_reduce(sums), common.clip_gradients(model, args.max_grad_norm)
+        stop.unless_finite(step, policy_loss=sums[0], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         train_time = time.time() - train_start
@@ -270,15 +303,20 @@ def main(args: Args) -> None:
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log
-        sums = (parallel.all_reduce(sums) / tokens).tolist()
-        policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy, diff_mean = sums
+        policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy, diff_mean = (sums[:6] / tokens).tolist()
+        early, middle, late = (sums[6:9] / sums[9:12].clamp(min=1)).tolist()
+        overlap, student_mass, teacher_mass = (sums[12:15] / sums[15]).tolist()
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(r.truncated for r in responses) / len(batch),
+            "charts/repetition": telemetry.repetition(response_ids),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": tokens / step_time,
             "losses/policy_loss": policy_loss,
             "losses/reverse_kl": reverse_kl,
+            "losses/reverse_kl_early": early,
+            "losses/reverse_kl_middle": middle,
+            "losses/reverse_kl_late": late,
             "losses/forward_kl": forward_kl,
             "losses/entropy": entropy,
             "losses/teacher_entropy": teacher_entropy,
@@ -287,6 +325,9 @@ def main(args: Args) -> None:
             "debug/sampler_logprob_diff_max": float(parallel.all_reduce(diff_max, largest=True)),
             "debug/canary_logprob_diff": sampler.canary_logprob_diff,
             "debug/out_of_vocab": out_of_vocab,
+            "debug/topk_overlap": overlap,
+            "debug/topk_overlap_mass": student_mass,
+            "debug/topk_overlap_teacher_mass": teacher_mass,
             "time/rollout": rollout_time,
             "time/score": score_time,
             "time/train": train_time,
@@ -298,6 +339,8 @@ def main(args: Args) -> None:
         run.log(
             step, metrics, f"reverse_kl {reverse_kl:.4f}, {tokens / len(batch):.0f} tokens, {tokens / step_time:.0f} tok/s"
         )
+        samples.write(step, [problems[i] for i in batch], response_ids, [r.truncated for r in responses], grader)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
         run.checkpoint(step, model, optimizer, stream)
 
     grader.close()

@@ -89,6 +89,15 @@ def gather_interleaved(mine: list, size: int = 1, copies: int = 1) -> list:
     return [item for run in range(runs) for part in parts for item in part[run * size : (run + 1) * size]]
 
 
+def merge(mine: dict) -> dict:
+    """The entries of every rank's dict, on every rank."""
+    parts = [mine]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def on_rank_zero(function, *args):
     """function(*args), called on rank 0 alone; its result on every rank."""
     result = [function(*args) if rank() == 0 else None]

@@ -19,6 +19,7 @@ import eval_math
 import fkl_warmup
 import grpo
 import opd
+import preflight
 import toy
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +186,7 @@ def run_script(monkeypatch, tmp_path):
             patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), "--as-typed"])
             load_model, sample, clip = common.load_model, common.HFSampler.sample, torch.nn.utils.clip_grad_norm_
             micro_batches, response_hidden = common.micro_batches, common.response_hidden
+            check_models, in_preflight = preflight.check_models, []
 
             def recording_load_model(*a, **kw):
                 model = load_model(*a, **kw)
@@ -194,8 +196,14 @@ def run_script(monkeypatch, tmp_path):
 
             def recording_sample(self, prompts, n, *a, **kw):
                 responses = sample(self, prompts, n, *a, **kw)
-                seen.samples.append((prompts, n, responses))
+                if not in_preflight:
+                    seen.samples.append((prompts, n, responses))
                 return responses
+
+            def unrecorded_check_models(*a, **kw):
+                in_preflight.append(True)
+                check_models(*a, **kw)
+                in_preflight.clear()
 
             def recording_clip(*a, **kw):
                 named = dict(trained[0].named_parameters())
@@ -213,6 +221,7 @@ def run_script(monkeypatch, tmp_path):
                     seen.passes.append((prompts, responses))
                 return response_hidden(model, prompts, responses)
 
+            patch.setattr(preflight, "check_models", unrecorded_check_models)
             patch.setattr(common, "load_model", recording_load_model)
             patch.setattr(common.HFSampler, "sample", recording_sample)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)

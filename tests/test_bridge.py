@@ -57,14 +57,20 @@ class NoPretraining:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Replaces subprocess.run; `fake.commands` are the commands run, `fake.fail` the name of a stage that breaks."""
-    state, real_run = SimpleNamespace(commands=[], fail=None), subprocess.run
+    """Replaces subprocess.run; `fake.commands` are the commands run, `fake.fail` the name of a stage that breaks.
+
+    A preflight is not among them: `fake.preflights` holds (its flags, commands before it), `fake.unfit` its exit code."""
+    state, real_run = SimpleNamespace(commands=[], fail=None, preflights=[], unfit=0), subprocess.run
 
     def run(command, **options):
         if command[0] != sys.executable:  # matplotlib looks for fonts when it is first imported on a machine
             return real_run(command, **options)
         assert Path(command[1]).parent == ROOT
         script, flags = Path(command[1]).name, command[2:]
+        if "--preflight-only" in flags:
+            assert script == "opd.py"
+            state.preflights.append((flags, len(state.commands)))
+            return SimpleNamespace(returncode=state.unfit)
         state.commands.append([script, *flags])
         out = Path(flag(flags, "--out"))
         if state.fail == out.name:
@@ -306,3 +312,38 @@ def test_without_matplotlib_there_is_no_plot_but_a_report(tmp_path, fake, proble
     bridge.main(real(tmp_path, problems))
     assert "pip install matplotlib" in capsys.readouterr().out
     assert (tmp_path / "run" / "report.json").exists() and not (tmp_path / "run" / "report.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ preflight
+def test_teacher_and_student_are_compared_before_the_first_stage(fake, tmp_path, problems):
+    bridge.main(real(tmp_path, problems, opd_flags="--thinking --teacher-thinking", seed=7))
+    [(flags, before)] = fake.preflights
+    assert before == 0 and (flag(flags, "--teacher"), flag(flags, "--student")) == ("big", "small")
+    assert "--thinking" in flags and flag(flags, "--seed") == "7" and "--force" not in flags
+    assert tyro.cli(opd.Args, args=flags).preflight_only
+    bridge.main(real(tmp_path, problems, opd_flags="--thinking --teacher-thinking", seed=7))
+    assert len(fake.preflights) == 1, "with a stage finished, it has passed before"
+
+
+def test_a_pair_that_does_not_fit_costs_no_stage(fake, tmp_path, problems):
+    fake.unfit = 2
+    with pytest.raises(SystemExit) as stop:
+        bridge.main(real(tmp_path, problems))
+    assert stop.value.code == 2 and fake.commands == []
+
+
+def test_the_embedded_world_is_built_before_its_preflight(fake, tmp_path):
+    bridge.main(bridge.Args(out=str(tmp_path / "run"), arms=("bridge",)))
+    [(flags, before)] = fake.preflights
+    assert before == 1 and fake.commands[0][0] == "toy.py" and flag(flags, "--instruction") == ""
+
+
+def test_arms_without_a_teacher_need_no_preflight(fake, tmp_path, problems):
+    bridge.main(real(tmp_path, problems, arms=("base", "direct_grpo")))
+    assert fake.preflights == []
+
+
+def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path, problems):
+    bridge.main(real(tmp_path, problems, force=True))
+    assert "--force" in fake.preflights[0][0]
+    assert all(("--force" in c) == (c[0] in ("opd.py", "fkl_warmup.py")) for c in fake.commands)

@@ -223,12 +223,15 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
         "finished",
         "command",
         "args",
+        "preflight",
+        "stopped",
         "git_revision",
         "packages",
         "hardware",
         "wall_time_s",
         "labels_used",
     }
+    assert record["stopped"] is None and (record["preflight"] is None) == (script == "grpo")
     assert record["finished"] is True and record["command"] == f"python {script}.py --as-typed"
     assert record["args"]["train_data"] == data and record["args"]["max_steps"] == 2 and record["args"]["seed"] == 1
     assert record["packages"]["torch"] == torch.__version__.split("+")[0] or record["packages"]["torch"] == torch.__version__

@@ -155,6 +155,12 @@ def test_options_table_is_args(script):
         ("docs/bridge.md", "field", lambda: dict_keys(function("bridge.py", "report"), "record")),
         ("docs/bridge.md", "field of an arm or stage", lambda: dict_keys(function("bridge.py", "report"), "return")),
         ("docs/toy.md", "key", lambda: dict_keys(function("toy.py", "measure"), "return")),
+        ("docs/telemetry.md", "key of `samples.jsonl`", lambda: dict_keys(function("samples_page.py", "write"), "row")),
+        (
+            "docs/preflight.md",
+            "figure in `run.json`",
+            lambda: dict_keys(function("preflight.py", "check_models"), "figures"),
+        ),
     ],
 )
 def test_keys_of_result_files(page, header, keys):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer
+from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPARSE_TO_DENSE_DATA", ROOT.parent / "shared" / "data"))
@@ -536,3 +536,14 @@ def test_math_verify_alone_would_credit_some_perturbed_references(grader):
     credited = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict]
     print(f"math-verify alone credits {len(credited)} of {len(pairs)}: {credited}")  # hence LABEL
     assert 0 < len(credited) <= 0.01 * len(pairs)
+
+
+@pytest.mark.parametrize(
+    "left, right", [(r"\dfrac{x}{2}", r"\frac{x}{2}"), (r"1+\tfrac12", r"1+\frac12"), (r"$\dfrac\pi2$", r"\frac\pi2")]
+)
+def test_the_size_of_a_fraction_needs_no_mathematics(left, right):
+    assert same_at_sight(normalize(left), normalize(right)) is True
+
+
+def test_another_command_is_left_alone():
+    assert normalize(r"\dfraction x") == r"\dfraction x"

@@ -455,7 +455,7 @@ def test_opd_needs_nothing_of_an_offloaded_teacher_but_its_head(run_script, chec
 
     monkeypatch.setattr(common, "move", travel)
     run = run_script("opd", **args, offload_teacher=True)
-    assert places == 2 * [torch.device("cpu"), "cpu"]  # the training device, home
+    assert places == 3 * [torch.device("cpu"), "cpu"]  # the training device, home: for the preflight and each step
     assert_close(run.updates[1][1], expected.updates[1][1])
 
 
@@ -476,7 +476,8 @@ def test_opd_teacher_reads_the_response_behind_its_own_prompt(run_script, checkp
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "<|system|>{{ '7' if enable_thinking else '3' }}" + toy.CHAT_TEMPLATE
     tokenizer.save_pretrained(teacher)
-    run = run_script("opd", teacher=str(teacher), student=checkpoints.student, train_data=data, teacher_thinking=True, **OPD)
+    models = {"teacher": str(teacher), "student": checkpoints.student}
+    run = run_script("opd", **models, train_data=data, teacher_thinking=True, force=True, **OPD)  # preflight refuses
     [rollout], [(params, actual)] = run.samples, run.updates
     own = [[toy.ID["<|system|>"], 7, *prompt] for prompt in rollout[0]]
     student = model_at(checkpoints.student, params)

@@ -1,0 +1,172 @@
+# docs/telemetry.md
+"""Responses of a run for human eyes: samples.jsonl, and samples.html, which colours every token by its KL.
+
+samples = Samples(run.out, tokenizer, every=20, colour_by="reverse_kl")
+samples.keep(step, micro_batch, response_ids, reverse_kl=stats.reverse_kl)   # in the loop over micro-batches
+samples.write(step, problems, response_ids, truncated, grader)               # once a step
+"""
+
+import json
+from html import escape
+from pathlib import Path
+
+import parallel
+
+RESPONSES = 4  # the first of a step's batch
+PAGE_STEPS = 6  # the page shows the first sampled step and the latest others; samples.jsonl has them all
+PAGE_TOKENS = 2000  # of a response on the page
+LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats: a token has the level of the highest bound it reaches
+COLOURS = {
+    "reverse_kl": "KL(student ‖ teacher)",
+    "forward_kl": "KL(teacher ‖ student)",
+    "surprisal": "surprisal, −log p of the policy",
+}
+
+
+class Samples:
+    """The samples of one run. `every` is --sample-every: step 1 and every multiple are written; 0 turns both files off.
+
+    colour_by: the per-token quantity that colours the page, a key of COLOURS."""
+
+    def __init__(self, out: Path, tokenizer, every: int, colour_by: str):
+        self.out, self.tokenizer, self.every, self.colour_by = Path(out), tokenizer, every, colour_by
+        self.kept = {}  # row of the batch: {name: value of each token}
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and (step == 1 or step % self.every == 0)
+
+    def keep(self, step: int, micro_batch: list[int], response_ids: list[list[int]], **per_token) -> None:
+        """Per-token values (N,) of a micro-batch: `micro_batch` are rows of the batch, `response_ids` those rows' ids."""
+        if not self.due(step) or min(micro_batch, default=RESPONSES) >= RESPONSES:
+            return
+        lengths = [len(ids) for ids in response_ids]
+        split = {name: values.detach().float().cpu().split(lengths) for name, values in per_token.items()}
+        for j, k in enumerate(micro_batch):
+            if k < RESPONSES:
+                self.kept[k] = {name: [round(v, 4) for v in rows[j].tolist()] for name, rows in split.items()}
+
+    def write(self, step: int, problems, response_ids, truncated, grader=None, rewards=None, advantages=None) -> None:
+        """Append the step's responses to samples.jsonl and make samples.html anew. The lists have an entry per response of
+        the batch (problems: common.Problem). Without `rewards`, `grader` marks the few where there is a reference answer.
+
+        What the file holds of this step or later ones comes from a run that was cut short, and is replaced."""
+        if not self.due(step):
+            return
+        kept, self.kept = parallel.merge(self.kept), {}
+        if parallel.rank():
+            return
+        path = self.out / "samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+        rows = [row for row in rows if row["step"] < step]
+        for k in sorted(kept):
+            tokens = token_texts(self.tokenizer, response_ids[k])
+            response, reward = "".join(tokens), rewards[k] if rewards is not None else None
+            if rewards is None and problems[k].answer:
+                [reward] = grader.grade([response], [problems[k].answer])
+            row = {
+                "step": step,
+                "problem": problems[k].text,
+                "response": response,
+                "truncated": bool(truncated[k]),
+                "reward": None if reward is None else float(reward),
+                "advantage": None if advantages is None else round(float(advantages[k]), 4),
+                "tokens": tokens,
+                "values": kept[k],
+            }
+            rows.append(row)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        steps = sorted({row["step"] for row in rows})
+        shown = {*steps[:1], *steps[1:][1 - PAGE_STEPS :]}
+        html = page(self.out.name, [row for row in rows if row["step"] in shown], self.colour_by)
+        (self.out / "samples.html").write_text(html, encoding="utf-8")
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text. Where several tokens make up one character, the last of them has it."""
+    texts, shown, held = [], [], []
+    for i in ids:
+        held.append(i)
+        text = tokenizer.decode(shown + held)[len(tokenizer.decode(shown)) :]  # alone, some tokens would lose their space
+        if text.endswith("\ufffd") and len(held) < 4:
+            texts.append("")
+        else:
+            texts.append(text)
+            shown, held = held, []
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------- the page
+STYLE = """
+:root { color-scheme: light dark; --heat: 214 69 20; --page: #fbfaf8; --card: #fff; --ink: #22201d; --soft: #77716a;
+        --line: #e6e1da }
+@media (prefers-color-scheme: dark) {
+  :root { --heat: 240 104 52; --page: #16171a; --card: #1e2024; --ink: #e4e1dc; --soft: #969089; --line: #33353b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2rem 1.2rem 5rem; max-width: 62rem; background: var(--page); color: var(--ink);
+       font: 15px/1.55 system-ui, sans-serif; overflow-x: clip }
+h1 { font-size: 1.4rem; margin: 0 0 .3rem } h2 { font-size: 1rem; margin: 2.2rem 0 .6rem } p { margin: .3rem 0 }
+.soft { color: var(--soft) }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem; align-items: center; margin-top: .8rem; font-size: .85rem }
+.legend .t { padding: .1rem .55rem }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1.1rem;
+          margin: .8rem 0 }
+.facts { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .1rem 0 .5rem; font-size: .85rem; color: var(--soft) }
+.facts b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums }
+.problem { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding-left: .8rem;
+           color: var(--soft) }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: .8rem; font: 14px/1.75 ui-monospace, Menlo, monospace }
+.t { position: relative; border-radius: 3px; padding: .12em 0; background: rgb(var(--heat) / var(--a, 0)) }
+.l1 { --a: .09 } .l2 { --a: .2 } .l3 { --a: .34 } .l4 { --a: .52 } .l5 { --a: .74; color: #fff } .l6 { --a: 1; color: #fff }
+.t i { font-style: normal; opacity: .45 }
+.tokens .t:hover { outline: 2px solid var(--ink) }
+.tokens .t:hover::after { content: attr(data-t); position: absolute; z-index: 1; left: 50%; top: 1.9em;
+  transform: translateX(-50%); width: max-content; white-space: pre; padding: .45rem .7rem; border-radius: 7px;
+  background: var(--ink); color: var(--page); font: 12px/1.5 ui-monospace, Menlo, monospace; pointer-events: none }
+"""
+
+
+def page(name: str, rows: list[dict], colour_by: str) -> str:
+    """One HTML document without a script or a link; `rows` as in samples.jsonl, the latest step first on the page."""
+    bounds = ["below 0.01", *(f"{bound:g}" for bound in LEVELS[:-1]), f"{LEVELS[-1]:g} and more"]
+    legend = "".join(f'<span class="t l{i}">{bound}</span>' for i, bound in enumerate(bounds))
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of {escape(name)}</title>',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>',
+        f"<h1>Samples of {escape(name)}</h1>",
+        f'<p class="soft">The colour of a token is {COLOURS[colour_by]} at its position, in nats. Point at one for its '
+        f'numbers.</p><div class="legend">{legend}</div>',
+    ]
+    for step in sorted({row["step"] for row in rows}, reverse=True):
+        parts.append(f"<h2>Step {step}</h2>")
+        parts += [article(row, colour_by) for row in rows if row["step"] == step]
+    return "\n".join(parts) + "</html>\n"
+
+
+def article(row: dict, colour_by: str) -> str:
+    colours = row["values"][colour_by]
+    facts = {
+        "tokens": f"{len(row['tokens'])}{', cut off' if row['truncated'] else ''}",
+        "mean": f"{sum(colours) / max(len(colours), 1):.4f}",  # a response cut at its first id has no token
+        "highest": f"{max(colours, default=0):.3f}",
+        "reward": row["reward"],
+        "advantage": row["advantage"],
+    }
+    shown = "".join(f"<span>{key} <b>{value}</b></span>" for key, value in facts.items() if value is not None)
+    tokens = [
+        token(text, {key: values[i] for key, values in row["values"].items()}, colours[i])
+        for i, text in enumerate(row["tokens"][:PAGE_TOKENS])
+    ]
+    left = len(row["tokens"]) - PAGE_TOKENS
+    more = f'<p class="soft">and {left:,} tokens more, in samples.jsonl</p>' if left > 0 else ""
+    return (
+        f'<article><div class="facts">{shown}</div><div class="problem">{escape(row["problem"])}</div>'
+        f'<div class="tokens">{"".join(tokens)}</div>{more}</article>'
+    )
+
+
+def token(text: str, values: dict[str, float], colour: float) -> str:
+    level = sum(colour >= bound for bound in LEVELS)
+    tip = "\n".join([json.dumps(text, ensure_ascii=False), *(f"{key} {value:.4f}" for key, value in values.items())])
+    tip = escape(tip).replace("\n", "&#10;")
+    body = escape(text).replace("\n", "<i>↵</i>\n") or "<i>·</i>"
+    return f'<span class="t l{level}" data-t="{tip}">{body}</span>'
