@@ -255,7 +255,6 @@ def main(args: Args) -> None:
                     loss, stats = fused_linear_divergence(
                         hidden, head, target, kind="forward_kl", **options
                     )  # sum_n w_n D_n
-            (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
             values = [
                 loss.detach() * tokens,
                 stats.forward_kl.sum(),
@@ -267,6 +266,8 @@ def main(args: Args) -> None:
             sums[5:11] += telemetry.sums_by_third(stats.forward_kl, [len(r) for r in chosen_ids])
             sums[11:] += telemetry.top_k_sums(hidden, head, target, args.temperature, tokens)
             samples.keep(step, micro_batch, chosen_ids, **stats._asdict())
+            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            (loss * parallel.world_size()).backward()
         sums, grad_norm = parallel.all_reduce(sums), common.clip_gradients(model, args.max_grad_norm)
         stop.unless_finite(step, policy_loss=sums[0], grad_norm=grad_norm)
         optimizer.step()

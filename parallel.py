@@ -135,6 +135,13 @@ def shard(model, dtype: torch.dtype, hybrid: bool, offload: bool) -> None:
     register_fsdp_forward_method(model, "hooked_base_model")
 
 
+def reshard(model) -> None:
+    """Give up what a forward pass without a backward has left gathered: until then parameters() are not the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextlib.contextmanager
 def gathered(model):
     """Within, every rank holds the whole model in the compute dtype and runs it by itself, as often as it likes."""

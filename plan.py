@@ -39,7 +39,7 @@ class Sizes:
     @staticmethod
     def read(path: str, flag: str) -> "Sizes":
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = common.from_hub(lambda: AutoConfig.from_pretrained(path), path)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError) as error:
@@ -227,7 +227,7 @@ def check(args, work_of) -> None:
         print(render(args, work, hw))
         raise SystemExit(0)
     if uses_vllm(args, hw):
-        share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / args.vllm_tp
+        share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / max(args.vllm_tp, 1)
         common.require(
             share > weights,
             f"--vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {share / GB:.1f} GB do not hold the "

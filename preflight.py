@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 import common
+import parallel
 from common import UsageError
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 from samplers import HFSampler, autocast, eos_token_ids
@@ -286,6 +287,8 @@ def check_models(args, report, model, teacher, tokenizer, teacher_tokenizer, pro
         "reverse_kl": divergence(student_states, head, target),
     }
     report.figures |= figures
+    parallel.reshard(model)
+    parallel.reshard(teacher)
     own, behind_student, self_kl, reverse_kl = figures.values()
     print(
         f"preflight: teacher's greedy answers have logprob {own:.3f} a token, {behind_student:.3f} behind the student's "

@@ -123,6 +123,7 @@ class VLLMSampler(Sampler):
         with autocast(model.device, self.dtype):
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=PROBE_RESPONSE + 1).logits[0, :-1]  # (R, V)
         logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, PROBE_PROMPT:, None])[:, 0]  # (R,)
+        parallel.reshard(model)
         diff = (logprobs.cpu() - torch.tensor(probe.logprobs.logprobs)).abs()  # (R,)
         self.canary_logprob_diff = float(diff.mean())
         if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
