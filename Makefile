@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?=
+WORKERS ?= 2
 # pip's default torch wheel for Linux carries CUDA. To get the small CPU wheel, pass PyTorch's CPU index:
 # make env PIP_FLAGS="--extra-index-url <index for cpu, from pytorch.org/get-started>"
 PIP_FLAGS ?=
@@ -31,7 +32,7 @@ demo: env
 	$(VENV)/bin/python bridge.py --out runs/demo
 
 test: env
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -467,6 +467,10 @@ class Run:
     Rank 0 writes it; the other ranks keep the same books and write nothing."""
 
     def __init__(self, args, total_steps: int):
+        if args.resume and finished(args.out):  # a requeued job: the same line finds nothing left to do
+            require_same_run(args, Path(args.out))
+            print(f"{args.out}/ is finished")
+            sys.exit(0)
         require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
         self.args, self.out, self.start = args, make_out(args.out), time.time()
         self.total_steps = total_steps

@@ -228,7 +228,10 @@ def main(args: Args) -> None:
         responses = sampler.sample([prompts[i] for i in batch], 1, seed=(args.seed, step))
         sampler.sleep()
         out_of_vocab = sum(r.out_of_vocab for r in responses)
-        batch, responses = zip(*[(i, r) for i, r in zip(batch, responses, strict=True) if r.ids], strict=True)
+        answered = [(i, r) for i, r in zip(batch, responses, strict=True) if r.ids]
+        if not answered:
+            stop.stop(f"step {step}: every response begins with an id that no token has; look at --student's head")
+        batch, responses = zip(*answered, strict=True)
         response_ids = [r.ids for r in responses]
         tokens = sum(map(len, response_ids))  # the loss's one denominator
         rollout_time = time.time() - step_start

@@ -6,6 +6,9 @@ A subprocess spends most of its time on imports, so only the tests of the comman
 import contextlib
 import io
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,7 @@ import toy
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"grpo": grpo, "fkl_warmup": fkl_warmup, "opd": opd, "eval_math": eval_math}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)  # the models are too small to gain from more
 
 
@@ -253,3 +257,18 @@ def cli(monkeypatch, capfd):
         return code, streams.out, streams.err
 
     return start
+
+
+def planned_and_used(script: str, *flags: str) -> tuple[float, float]:
+    """Peak memory of a command in bytes: as its --plan says, and as the process that ran it had resident."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    assert plan.returncode == 0, plan.stderr[-2000:]
+    planned = float(re.search(r"^peak ([\d.]+) of", plan.stdout, re.MULTILINE)[1]) * 1e9
+    measure = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode;"
+    measure += "print('rss', code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
+    command = [sys.executable, "-c", measure, *command]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ONE_THREAD)
+    code, used = re.search(r"rss (\d+) (\d+)", run.stdout).groups()
+    assert code == "0", run.stderr[-2000:]
+    return planned, float(used)

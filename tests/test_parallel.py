@@ -148,6 +148,19 @@ def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path,
     assert "--learning-rate was 0.001, now 5.0" in capsys.readouterr().out and run.resumed_from.name == "step_000001"
 
 
+def test_a_finished_run_has_nothing_to_resume(run_script, checkpoints, data, tmp_path, capsys):
+    """So that one line can stand in a job script that is started again and again."""
+    [args] = [args for _, args in jobs(checkpoints, data, tmp_path)[2:3]]
+    run_script("opd", **args | {"max_steps": 1})
+    before = (tmp_path / "opd" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as stop:
+        run_script("opd", **args | {"max_steps": 1, "resume": True})
+    assert stop.value.code == 0 and "opd/ is finished" in capsys.readouterr().out
+    assert (tmp_path / "opd" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="holds a finished run"):
+        run_script("opd", **args | {"max_steps": 1})
+
+
 def test_two_processes_do_not_write_one_folder(tmp_path):
     lock = common.lock_folder(tmp_path)
     with pytest.raises(UsageError, match="another process is writing there"):

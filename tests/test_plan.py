@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import tyro
-from conftest import ROOT, SCRIPTS, random_model
+from conftest import ROOT, SCRIPTS, planned_and_used, random_model
 from transformers import LlamaConfig, Qwen3Config
 
 import opd
@@ -135,3 +135,16 @@ def test_plan_prints_and_exits_before_anything_is_read(hub, script, models):
     run = subprocess.run(command, cwd=hub, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "peak" in run.stdout and "8 x 80 GB" in run.stdout, run.stderr[-2000:]
     assert not (hub / "ckpt").exists()
+
+
+@pytest.mark.parametrize("script", ["opd.py", "fkl_warmup.py", "grpo.py"])
+def test_planned_memory_is_that_of_the_toy(world, tmp_path, script):
+    flags = ["--train-data", world / "train.jsonl", "--instruction=", "--max-response-tokens", 64, "--max-steps", 2]
+    pair = ["--teacher", world / "teacher_base", "--student", world / "student_base"]
+    flags += {
+        "opd.py": [*pair, "--prompts-per-step", 16],
+        "fkl_warmup.py": [*pair, "--rollouts-per-step", 16],
+        "grpo.py": ["--model", world / "teacher_base", "--prompts-per-step", 16, "--minibatch-prompts", 8],
+    }[script]
+    planned, used = planned_and_used(script, *flags, "--micro-batch-tokens", 2048, "--out", tmp_path / "run")
+    assert planned == pytest.approx(used, rel=0.15)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, planned_and_used, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -154,3 +154,10 @@ def test_grpo_with_vllm(smollm2, problems, tmp_path):
     rows = check_run(tmp_path / "run", 3)
     assert rows[2]["losses/ref_kl"] > 0 and all(row["debug/sampler_logprob_diff_max"] < 1e-3 for row in rows)
     assert all(0 < row["debug/canary_logprob_diff"] < 1e-4 for row in rows)
+
+
+def test_planned_memory_is_that_of_the_model(smollm2, problems, tmp_path):
+    flags = ["--teacher", smollm2, "--student", smollm2, "--train-data", problems["gsm8k"], "--prompts-per-step", 6]
+    flags += ["--max-response-tokens", 48, "--max-steps", 3, "--micro-batch-tokens", 800]
+    planned, used = planned_and_used("opd.py", *flags, "--out", tmp_path / "run")
+    assert planned == pytest.approx(used, rel=0.15)
