@@ -653,6 +653,13 @@ class StopRules:
                 f"--max-response-tokens, check the EOS ids with --preflight-only, or set --stop-truncated-frac 0"
             )
 
+    def sync(self, sampler) -> None:
+        """Give the sampler the new weights; stop if its canary finds that it does not sample from them."""
+        try:
+            sampler.update_weights(self.saved[0])
+        except RunStopped as error:
+            self.stop(str(error))
+
     def stop(self, reason: str) -> None:
         save_model(*self.saved)
         self.run.note(stopped=reason)

@@ -302,7 +302,7 @@ def main(args: Args) -> None:
         train_time = time.time() - train_start
 
         sync_start = time.time()
-        sampler.update_weights(model)
+        stop.sync(sampler)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log

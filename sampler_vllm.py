@@ -125,7 +125,7 @@ class VLLMSampler(Sampler):
         logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, PROBE_PROMPT:, None])[:, 0]  # (R,)
         parallel.reshard(model)
         diff = (logprobs.cpu() - torch.tensor(probe.logprobs.logprobs)).abs()  # (R,)
-        self.canary_logprob_diff = float(diff.mean())
+        self.canary_logprob_diff = float(parallel.all_reduce(diff.mean(), largest=True))  # ranks stop together
         if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
             when = f"after step {self.syncs} of this run" if self.syncs else "before the first step"
             raise CanaryError(
