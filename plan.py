@@ -9,8 +9,8 @@ allows, prompts PROMPT_TOKENS long. On a CPU the figures are resident memory, im
 import importlib.util
 import os
 import re
-import resource
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,7 +92,7 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
     length = PROMPT_TOKENS + args.max_response_tokens
     state = {
-        "before any tensor": CUDA_CONTEXT if hw.cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "before any tensor": CUDA_CONTEXT if hw.cuda else resident_bytes(),
         "weights": P * master / S,
         "AdamW": 2 * P * master / S,
     }
@@ -130,6 +130,14 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         if uses_vllm(args, hw) and not args.vllm_sleep:
             phases["score"]["vLLM"] = vllm_bytes(args, work, hw, compute)
     return phases
+
+
+def resident_bytes() -> float:
+    """Memory of this process now. Not ru_maxrss, which begins with that of the process it was forked from."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return 0.4 * GB
 
 
 def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: bool, length: int) -> dict[str, float]:

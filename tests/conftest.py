@@ -27,7 +27,7 @@ import toy
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"grpo": grpo, "fkl_warmup": fkl_warmup, "opd": opd, "eval_math": eval_math}
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
 torch.set_num_threads(1)  # the models are too small to gain from more
 
 
@@ -190,7 +190,6 @@ def run_script(monkeypatch, tmp_path):
             patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), "--as-typed"])
             load_model, sample, clip = common.load_model, common.HFSampler.sample, torch.nn.utils.clip_grad_norm_
             micro_batches, response_hidden = common.micro_batches, common.response_hidden
-            check_models, in_preflight = preflight.check_models, []
 
             def recording_load_model(*a, **kw):
                 model = load_model(*a, **kw)
@@ -200,14 +199,8 @@ def run_script(monkeypatch, tmp_path):
 
             def recording_sample(self, prompts, n, *a, **kw):
                 responses = sample(self, prompts, n, *a, **kw)
-                if not in_preflight:
-                    seen.samples.append((prompts, n, responses))
+                seen.samples.append((prompts, n, responses))
                 return responses
-
-            def unrecorded_check_models(*a, **kw):
-                in_preflight.append(True)
-                check_models(*a, **kw)
-                in_preflight.clear()
 
             def recording_clip(*a, **kw):
                 named = dict(trained[0].named_parameters())
@@ -225,7 +218,7 @@ def run_script(monkeypatch, tmp_path):
                     seen.passes.append((prompts, responses))
                 return response_hidden(model, prompts, responses)
 
-            patch.setattr(preflight, "check_models", unrecorded_check_models)
+            patch.setattr(preflight, "check_models", lambda *a, **kw: None)  # tests/test_preflight.py has those
             patch.setattr(common, "load_model", recording_load_model)
             patch.setattr(common.HFSampler, "sample", recording_sample)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)
@@ -262,13 +255,13 @@ def cli(monkeypatch, capfd):
 def planned_and_used(script: str, *flags: str) -> tuple[float, float]:
     """Peak memory of a command in bytes: as its --plan says, and as the process that ran it had resident."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120)
     assert plan.returncode == 0, plan.stderr[-2000:]
     planned = float(re.search(r"^peak ([\d.]+) of", plan.stdout, re.MULTILINE)[1]) * 1e9
     measure = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode;"
     measure += "print('rss', code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     command = [sys.executable, "-c", measure, *command]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ONE_THREAD)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     code, used = re.search(r"rss (\d+) (\d+)", run.stdout).groups()
     assert code == "0", run.stderr[-2000:]
     return planned, float(used)

@@ -129,12 +129,13 @@ def test_one_failing_rank_ends_all_and_is_reported_once(checkpoints, data, tmp_p
     assert len(re.findall(r"rank \d+: ", ranked.stderr)) == 1, "the ranks that fail in its wake stay silent"
 
 
+@pytest.mark.slow
 def test_a_usage_error_is_printed_by_one_rank(checkpoints, tmp_path):
     ranked = torchrun(2, "grpo.py", "--model", checkpoints.student, "--train-data", tmp_path / "none.jsonl")
     assert ranked.returncode != 0 and ranked.stderr.count("error: --train-data") == 1
 
 
-def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path, capsys):
+def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path, capsys, monkeypatch):
     """Other models, data or seed are refused: the rest of the run would not be the one that was started."""
     [args] = [args for _, args in jobs(checkpoints, data, tmp_path)[2:3]]
     folder = tmp_path / "opd"
@@ -144,6 +145,7 @@ def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path,
     (folder / "checkpoints" / "step_000001").mkdir(parents=True)
     with pytest.raises(UsageError, match="--resume: --seed was 1, now 7: repeat the flags"):
         run_script("opd", **args | {"resume": True, "seed": 7})
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "opd.py")])
     run = common.Run(opd.Args(**args | {"resume": True, "learning_rate": 5.0, "max_steps": 1}), 1)
     assert "--learning-rate was 0.001, now 5.0" in capsys.readouterr().out and run.resumed_from.name == "step_000001"
 
