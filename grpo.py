@@ -240,8 +240,8 @@ def main(args: Args) -> None:
         trains = (advantages != 0).tolist()
         lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
         minibatches = []  # (this rank's micro-batches of the rows that train, tokens of all rows: the loss's denominator)
-        for start in range(0, len(responses), args.minibatch_prompts * G):
-            rows = range(start, min(start + args.minibatch_prompts * G, len(responses)))
+        for first in range(0, len(responses), args.minibatch_prompts * G):
+            rows = range(first, min(first + args.minibatch_prompts * G, len(responses)))
             rows = [k for k in rows if responses[k].ids and not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
             rows = [k for k in rows if trains[k] or args.kl_coef]

@@ -130,8 +130,8 @@ def trl_side(args: Args) -> None:
     )
 
     problems = common.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
-    stream = common.problem_stream(len(problems), args.seed)  # the very order of our scripts
-    chosen = [problems[next(stream)] for _ in range(steps * prompts_per_step)]
+    order = common.ProblemStream(len(problems), args.seed).take(steps * prompts_per_step)  # the very order of our scripts
+    chosen = [problems[i] for i in order]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}], "answer": p.answer} for p in chosen])
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
