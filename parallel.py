@@ -121,8 +121,8 @@ def shard(model, dtype: torch.dtype, hybrid: bool, offload: bool) -> None:
     The embedding and the head are gathered with the model itself and stay whole between its forward and the backward
     that follows, which is where the fused losses read the head and where its gradient is reduced."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    shape = (world_size() // local, local) if hybrid else (world_size(),)
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", shape)
+    shape, names = ((world_size() // local, local), ("replicate", "shard")) if hybrid else ((world_size(),), ("shard",))
+    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", shape, mesh_dim_names=names)
     options = {"mesh": mesh}
     if offload and torch.cuda.is_available():
         options["offload_policy"] = CPUOffloadPolicy()

@@ -1,9 +1,11 @@
 """One rank of tests/test_parallel.py, which starts it under torchrun: runs scripts one after another in one process group,
 because most of a launch is imports. Its argument is a JSON list of [script, arguments]; `stop_at` among the arguments ends
-that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step."""
+that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step, `nodes` lets the
+ranks believe that they run on so many machines."""
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ parallel.setup()
 for script, args in json.loads(sys.argv[1]):
     module = importlib.import_module(script)
     sys.argv[0] = str(ROOT / f"{script}.py")
+    os.environ["LOCAL_WORLD_SIZE"] = str(parallel.world_size() // args.pop("nodes", 1))
     stop_at, fail_on = args.pop("stop_at", None), args.pop("fail_on", None)
 
     def checkpoint(run, step, *state, stop_at=stop_at, fail_on=fail_on):

@@ -101,6 +101,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run_script, fake_grader, checkpo
 
 
 @pytest.mark.slow
+def test_hybrid_shards_give_the_single_process_weights(run_script, fake_grader, checkpoints, data, tmp_path):
+    """Four ranks on two pretended nodes: shards within a node, replicas across."""
+    fake_grader(FakeGrader.rule)
+    hybrid = [
+        [script, args | {"hybrid_shard": True, "nodes": 2}] for script, args in jobs(checkpoints, data, tmp_path / "h")
+    ]
+    ranked = torchrun(4, "tests/parallel_ranks.py", json.dumps(hybrid[:3]))
+    assert ranked.returncode == 0, ranked.stderr[-3000:]
+    for script, args in jobs(checkpoints, data, tmp_path / "single")[:3]:
+        assert difference(run_script(script, **args).out, tmp_path / "h" / script) < 1e-5, script
+
+
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_three(run_script, fake_grader, checkpoints, data, tmp_path):
     fake_grader(FakeGrader.rule)
     stopped = [
