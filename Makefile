@@ -1,4 +1,4 @@
-# make demo   the whole recipe on the embedded world, into runs/demo/ (about 6 minutes on 2 cores after installation)
+# make demo   the whole recipe on the embedded world, into runs/demo/ (about 8 minutes on 2 cores after installation)
 # make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
 # make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
 # make env-vllm   adds vLLM's CPU build where there is no GPU; without it the tests of the vllm sampler are skipped
