@@ -1,7 +1,7 @@
 """One rank of tests/test_parallel.py, which starts it under torchrun: runs scripts one after another in one process group,
 because most of a launch is imports. Its argument is a JSON list of [script, arguments]; `stop_at` among the arguments ends
-that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step, `nodes` lets the
-ranks believe that they run on so many machines."""
+that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step, `nodes` lets
+the ranks believe that they run on so many machines."""
 
 import importlib
 import json
