@@ -16,9 +16,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import parallel
 
 
+def whole(out: str | Path) -> list[Path]:
+    """The whole checkpoints in the run folder `out`, oldest first."""
+    return sorted(Path(out).glob("checkpoints/step_*[0-9]"))
+
+
 def latest(out: str | Path) -> Path | None:
     """The newest whole checkpoint in the run folder `out`."""
-    return max(Path(out).glob("checkpoints/step_*[0-9]"), default=None)
+    return max(whole(out), default=None)
 
 
 def step(folder: Path | None) -> int:
@@ -45,7 +50,7 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
         if parallel.rank() == 0:
             (aside / "state.json").write_text(json.dumps(state))
             os.replace(aside, folder)
-            for old in sorted(folder.parent.glob("step_*[0-9]"))[:-keep_last]:
+            for old in whole(out)[:-keep_last]:
                 shutil.rmtree(old)
     except (Exception, dcp.CheckpointException) as error:
         if parallel.rank() == 0:

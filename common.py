@@ -506,7 +506,8 @@ class Run:
         self.lock = lock_folder(self.out)
         shutil.copy(sys.argv[0], self.out)
         self._write_record()
-        kept = keep_metrics(self.out, checkpoint.step(self.resumed_from))
+        last_step = checkpoint.step(self.resumed_from)
+        keep_metrics(self.out, last_step)
         self.metrics = (self.out / "metrics.jsonl").open("a")
         self.bar = progress_bar(total_steps, self.out.name, "step")
         if args.tensorboard:
@@ -514,7 +515,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
-            self.tensorboard = SummaryWriter(self.out, purge_step=kept + 1)
+            self.tensorboard = SummaryWriter(self.out, purge_step=last_step + 1)
         if args.wandb:
             try:
                 import wandb
@@ -618,12 +619,11 @@ def require_same_run(args, out: Path) -> None:
         print(f"--resume with changed flags: {'; '.join(changed.values())}")
 
 
-def keep_metrics(out: Path, last_step: int) -> int:
+def keep_metrics(out: Path, last_step: int) -> None:
     """Cut metrics.jsonl behind `last_step`, the step to go on from: later rows are of steps that run again."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
     path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
-    return last_step
 
 
 class StopRules:

@@ -169,7 +169,6 @@ def main(args: Args) -> None:
 
     for name, problems in benchmarks.items():
         start = time.time()
-        common.seed_everything(args.seed)
         prompts = rendered[name]
         with common.progress_bar(len(prompts) * args.samples, name, "response") as bar:
             responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)

@@ -77,25 +77,26 @@ def share(micro_batches: list[list]) -> list[list]:
     return mine + [[]] * (-(-len(micro_batches) // world_size()) - len(mine))
 
 
+def all_gather(mine) -> list:
+    """Every rank's `mine`, in the order of the ranks, on every rank."""
+    parts = [mine]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
+    return parts
+
+
 def gather_interleaved(mine: list, size: int = 1, copies: int = 1) -> list:
     """The list of which this rank, one of R, holds every R-th run of `size` items, whole, on every rank. Where `copies`
     consecutive ranks hold the same runs, R counts them as one."""
-    if world_size() == 1:
-        return mine
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, mine)
-    parts = parts[::copies]
+    parts = all_gather(mine)[::copies]
     runs = max(len(part) for part in parts) // size
     return [item for run in range(runs) for part in parts for item in part[run * size : (run + 1) * size]]
 
 
 def merge(mine: dict) -> dict:
     """The entries of every rank's dict, on every rank."""
-    parts = [mine]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in all_gather(mine) for key, value in part.items()}
 
 
 def on_rank_zero(function, *args):

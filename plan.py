@@ -46,9 +46,12 @@ class Sizes:
             raise common.explain_missing(flag, path, error) from None
         params = sum(p.numel() for p in model.parameters())
         layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
         return Sizes(config, params, params - sum(layers), max(layers), kv)
+
+
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass
@@ -105,15 +108,15 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     rollout = state | rollout_bytes(args, work, hw, compute, sharded, length)
     tokens = min(args.micro_batch_tokens, work.responses * length)
     rows = max(tokens // length, 1)
-    n, config = tokens, work.trained.config
+    config = work.trained.config
     head = config.vocab_size * config.hidden_size
     width = max([sizes.config.hidden_size for sizes in work.frozen.values()], default=0)
     train = state | {
         "gradients": P * master / S,
         "activations": activation_bytes(args, work.trained, compute, sharded, rows, tokens // rows),
         "head's gradient": head * 4 + (head * compute if sharded else 0),
-        "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * n * config.vocab_size * 4),
-        "hidden states": n * config.hidden_size * 4 * 2,
+        "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * tokens * config.vocab_size * 4),
+        "hidden states": tokens * config.hidden_size * 4 * 2,
     }
     if uses_vllm(args, hw) and not (hw.cuda and args.vllm_sleep):
         train["vLLM"] = vllm_bytes(args, work, hw, compute)
@@ -130,6 +133,10 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         if uses_vllm(args, hw) and not args.vllm_sleep:
             phases["score"]["vLLM"] = vllm_bytes(args, work, hw, compute)
     return phases
+
+
+def peak_bytes(phases: dict[str, dict[str, float]]) -> float:
+    return max(sum(parts.values()) for parts in phases.values())
 
 
 def resident_bytes() -> float:
@@ -197,9 +204,7 @@ def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: in
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.base_model(input_ids=input_ids, use_cache=False)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        shapes = {p.shape for p in model.parameters() if p.ndim == 2} | {
-            p.T.shape for p in model.parameters() if p.ndim == 2
-        }
+        shapes = {shape for p in model.parameters() if p.ndim == 2 for shape in (p.shape, p.T.shape)}
         return sum(
             t.untyped_storage().nbytes()
             for key, t in kept.items()
@@ -212,9 +217,7 @@ def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
 
     def forward(sizes: Sizes) -> float:
         config = sizes.config
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        width = config.num_attention_heads * head_dim(config)
         attention = 2 * config.num_hidden_layers * width * length  # q k^T and p v, causal: half of 2 x 2
         return responses * length * (2 * sizes.params + attention)
 
@@ -230,9 +233,10 @@ def check(args, work_of) -> None:
 
     `work_of()` returns the script's Workload; reading it raises UsageError if a model's config cannot be read."""
     work, hw = work_of(), Hardware.find(args)
-    peak = max(sum(phase.values()) for phase in estimate(args, work, hw).values())
+    phases = estimate(args, work, hw)
+    peak = peak_bytes(phases)
     if args.plan:
-        print(render(args, work, hw))
+        print(render(args, work, hw, phases))
         raise SystemExit(0)
     if uses_vllm(args, hw):
         share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / max(args.vllm_tp, 1)
@@ -254,7 +258,7 @@ def advice(args, work: Workload, hw: Hardware) -> str:
     def fits(changes, gpus=hw.gpus):
         changed = replace(args, **changes)
         hardware = replace(hw, gpus=gpus, shards=gpus if gpus != hw.gpus else hw.shards)
-        return max(sum(phase.values()) for phase in estimate(changed, work, hardware).values()) <= hw.bytes
+        return peak_bytes(estimate(changed, work, hardware)) <= hw.bytes
 
     length = PROMPT_TOKENS + args.max_response_tokens
     smaller = {
@@ -283,14 +287,13 @@ def advice(args, work: Workload, hw: Hardware) -> str:
     return "use smaller models, or hardware with more memory"
 
 
-def render(args, work: Workload, hw: Hardware) -> str:
+def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float]]) -> str:
     """The plan as text."""
     length = PROMPT_TOKENS + args.max_response_tokens
     tokens = work.responses * length
     lines = [f"{hw.gpus} x {hw.bytes / GB:.0f} GB" + (f", one copy of each model over {hw.shards}" if hw.shards > 1 else "")]
     models = {"trained": work.trained} | work.frozen
     lines.append("; ".join(f"{name} {sizes.params / 1e9:.3f} B parameters" for name, sizes in models.items()))
-    phases = estimate(args, work, hw)
     for phase, parts in phases.items():
         lines.append(f"\n{phase}: {sum(parts.values()) / GB:.2f} GB")
         lines += [f"  {size / GB:8.2f}  {what}" for what, size in parts.items() if size >= 0.005 * GB]
@@ -299,7 +302,7 @@ def render(args, work: Workload, hw: Hardware) -> str:
         + ", ".join(f"{name} {value / 1e15:.3g}" for name, value in flops(work, work.responses, length).items())
         + " PFLOP"
     )
-    peak = max(sum(parts.values()) for parts in phases.values())
+    peak = peak_bytes(phases)
     verdict = "fits" if peak <= hw.bytes else f"does not fit: {advice(args, work, hw)}"
     lines.append(f"peak {peak / GB:.2f} of {hw.bytes / GB:.1f} GB: {verdict}")
     return "\n".join(lines)
