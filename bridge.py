@@ -4,32 +4,61 @@
     teacher --grpo.py--> RL teacher --fkl_warmup.py--> warmed-up student --opd.py--> bridge --grpo.py--> bridge_grpo
 
 The arms ask where the labels are best spent: `direct_grpo` spends them on the student, `raw_teacher` sends an unrewarded
-teacher through the same bridge, `bridge` spends them on the teacher, `bridge_grpo` adds held-out labels behind it. Run
-again, it skips what is finished. Without --teacher it runs on the embedded world of toy.py, on a laptop CPU.
+teacher through the same bridge, `bridge` spends them on the teacher, `bridge_grpo` adds held-out labels behind it; the
+others take one thing away or put something else in its place. Run again, it skips what is finished. Without --teacher it
+runs on an embedded world of toy.py, on a laptop CPU.
 
     python bridge.py
+    python bridge.py --arms all --seeds 3 --out runs/arithmetic
     python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3
 """
 
+import ctypes
 import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import checkpoint
 import common
+import report
 from common import require
 
-ARMS = {  # arm: the stages whose labels it rests on, its own last
-    "base": ["base"],
+ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
+    "base": [],
     "direct_grpo": ["direct_grpo"],
     "raw_teacher": ["raw_teacher_warmup", "raw_teacher"],
     "bridge": ["teacher_rl", "bridge_warmup", "bridge"],
+    "no_warmup": ["teacher_rl", "no_warmup"],
+    "no_opd": ["teacher_rl", "no_opd"],
+    "sft": ["teacher_rl", "sft"],
     "bridge_grpo": ["teacher_rl", "bridge_warmup", "bridge", "bridge_grpo"],
+    "cold_grpo": ["cold_grpo"],
+    "replay": ["teacher_rl", "bridge_warmup", "bridge", "replay"],
+    "reward_free": ["reward_free"],
+}
+WORLDS = {  # settings of the embedded worlds, chosen on their dev splits (docs/bridge.md)
+    "arithmetic": {
+        "all": '--instruction "" --max-response-tokens 64',
+        "grpo": "--prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 2048 --eval-every 10",
+        "teacher_grpo": "--learning-rate 2e-4 --max-steps 40",
+        "student_grpo": "--learning-rate 2e-4 --max-steps 60",
+        "stage3": "--learning-rate 1e-4 --max-steps 40",
+        "warmup": "--learning-rate 7e-4 --micro-batch-tokens 2048 --rollouts-per-prompt 4 --rollouts-per-step 64 "
+        "--eval-every 20 --max-steps 100",
+        "opd": "--learning-rate 7e-4 --micro-batch-tokens 2048 --prompts-per-step 64 --eval-every 50 --max-steps 200",
+        "eval": "--samples 4 --temperature 1 --top-p 1 --top-k 0",
+    },
 }
 
 
@@ -38,21 +67,23 @@ class Args:
     out: str = "runs/demo"
     """folder of all stages, report.json, report.md and report.png"""
     teacher: str | None = None
-    """hub id or local folder of the teacher before RL; None: the embedded world of toy.py"""
+    """hub id or local folder of the teacher before RL; none: an embedded world of toy.py"""
     student: str | None = None
     """hub id or local folder of the student; same tokenizer as the teacher"""
+    world: Literal["arithmetic"] = "arithmetic"
+    """which embedded world, without --teacher and --student"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """labeled problems; 80 % are for stages 1 and 2, 20 % are held out for stage 3 (shuffled with seed 42)"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
-    """what eval_math.py measures; the first is the one plotted"""
-    arms: tuple[str, ...] = ("all",)
-    """all, or some of base direct_grpo raw_teacher bridge bridge_grpo"""
+    """what eval_math.py measures; the first is the one compared and plotted"""
+    arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
+    """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft bridge_grpo cold_grpo replay reward_free"""
     teacher_grpo_flags: str = ""
     """more flags for grpo.py on the teacher, in one string"""
     student_grpo_flags: str = ""
     """more flags for grpo.py on the student (direct_grpo)"""
     stage3_flags: str = ""
-    """more flags for grpo.py on the bridged student (bridge_grpo)"""
+    """more flags for grpo.py on held-out labels (bridge_grpo, cold_grpo)"""
     warmup_flags: str = ""
     """more flags for fkl_warmup.py"""
     opd_flags: str = ""
@@ -62,7 +93,11 @@ class Args:
     toy_flags: str = ""
     """more flags for toy.py"""
     seed: int = 1
-    """seed of every stage"""
+    """seed of every stage, and of the embedded world; with --seeds the first of them"""
+    seeds: int = 1
+    """how many times every stage is run, each with a seed of its own"""
+    jobs: int | None = None
+    """stages at work at once; none: on an embedded world one per CPU and at most 4, else 1"""
     nproc: int = 1
     """processes per stage, one per GPU: each stage runs under torchrun"""
     force: bool = False
@@ -70,58 +105,21 @@ class Args:
 
 
 def toy_settings(args: Args) -> None:
-    """The embedded world's settings, chosen on its dev split (docs/bridge.md); flags of the command line come last."""
+    """Fill in an embedded world's settings; flags of the command line come last, and the last one counts."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
-    world = f"{args.out}/world"
-    args.teacher, args.student, args.benchmarks = f"{world}/teacher_base", f"{world}/student_base", (f"{world}/test.jsonl",)
-    shared = f'--instruction "" --max-response-tokens 64 --eval-data {shlex.quote(world)}/dev.jsonl'
-    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 2048 --eval-every 10"
-    distil = f"{shared} --learning-rate 7e-4 --micro-batch-tokens 2048"
-    args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 40 {args.teacher_grpo_flags}"
-    args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
-    args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    warmup = f"{distil} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
-    args.warmup_flags = f"{warmup} --max-steps 100 {args.warmup_flags}"
-    args.opd_flags = f"{distil} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
-    args.eval_flags = (
-        f'--instruction "" --max-response-tokens 64 --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}'
+    args.jobs = args.jobs or min(os.cpu_count(), 4)
+    folder, flags = f"{args.out}/world", WORLDS[args.world]
+    args.teacher, args.student, args.benchmarks = (
+        f"{folder}/teacher_base",
+        f"{folder}/student_base",
+        (f"{folder}/test.jsonl",),
     )
-
-
-def execute(command: str, done: Path, inputs: list[str] = (), nproc: int = 1) -> None:
-    """Print and run one command; skip it when `done`, the file it writes last, says that it finished.
-
-    Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
-    command = shlex.join(shlex.split(command))
-    record = json.loads(done.read_text()) if done.exists() else {"finished": False}
-    finished = record.get("finished", True)
-    made = done if finished else checkpoint.latest(done.parent)  # a stage that was stopped goes on from its checkpoint
-    if made:
-        require(
-            record["command"] == command, f"{done.parent}: holds `{record['command']}`; delete it, or choose another --out"
-        )
-        newer = [i for i in inputs if (path := Path(i, "run.json")).exists() and path.stat().st_mtime > made.stat().st_mtime]
-        require(
-            not newer, f"{done.parent}: older than {', '.join(newer)}, which it was made from; delete it to make it again"
-        )
-    if finished:
-        print(f"# finished before: {command}", flush=True)
-        return
-    call(command, nproc)
-
-
-def call(command: str, nproc: int = 1) -> None:
-    """Print and run one command, under torchrun for several processes; its exit code, unless 0, is this one's."""
-    script, *flags = shlex.split(command)[1:]
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
-    print(f"\n$ {shlex.join([*launcher, script, *flags])}", flush=True)
-    launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
-    code = subprocess.run([sys.executable, *launcher, str(Path(__file__).parent / script), *flags]).returncode
-    if code:
-        print(
-            f"error: {script} ended with exit code {code}; the same bridge.py command continues from here", file=sys.stderr
-        )
-        sys.exit(code)
+    shared = f"{flags['all']} --eval-data {shlex.quote(folder)}/dev.jsonl"
+    for stage in ("teacher_grpo", "student_grpo", "stage3"):
+        setattr(args, f"{stage}_flags", f"{shared} {flags['grpo']} {flags[stage]} {getattr(args, f'{stage}_flags')}")
+    args.warmup_flags = f"{shared} {flags['warmup']} {args.warmup_flags}"
+    args.opd_flags = f"{shared} {flags['opd']} {args.opd_flags}"
+    args.eval_flags = f"{flags['all']} {flags['eval']} {args.eval_flags}"
 
 
 def split_labels(args: Args) -> tuple[str, str]:
@@ -142,124 +140,188 @@ def split_labels(args: Args) -> tuple[str, str]:
     return str(data / "train.jsonl"), str(data / "heldout.jsonl")
 
 
+def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tuple[list[str], Callable[[], str]]]:
+    """{stage: (stages that come before it, its command)}, in an order in which they can run. A command is asked for when
+    those before it are finished, since a control makes as many updates as the stages it is held against have made."""
+    q = shlex.quote
+    teacher, student, force = q(args.teacher), q(args.student), " --force" if args.force else ""
+
+    def at(stage):
+        return q(f"{args.out}/seed{seed}/{stage}")
+
+    def command(script, stage, models, data, flags):  # last, the bound of the label ledger, whatever the flags say
+        shared = f"--train-data {q(data)} --out {at(stage)} --seed {seed} --resume"
+        return f"{script} {models} {shared} {flags} --label-split {q(data)}"
+
+    def grpo(stage, model, data, flags):
+        return command("grpo.py", stage, f"--model {model}", data, flags)
+
+    def warmup(stage, teacher, more=""):
+        models = f"--teacher {teacher} --student {student}"
+        return command("fkl_warmup.py", stage, models, train, f"{args.warmup_flags} {more}{force}")
+
+    def opd(stage, teacher, student, more=""):
+        models = f"--teacher {teacher} --student {student}"
+        return command("opd.py", stage, models, train, f"{args.opd_flags} {more}{force}")
+
+    def made(stage):
+        return common.finished(f"{args.out}/seed{seed}/{stage}")
+
+    def updates(*names):
+        return f"--max-steps {sum(made(name)['updates'] for name in names)}"
+
+    def no_opd():  # rollouts in proportion, so that each is seen as often as in the warmup
+        first, total = made("bridge_warmup"), made("bridge_warmup")["updates"] + made("bridge")["updates"]
+        rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
+        return f"--max-steps {total} --rollouts-per-prompt {rollouts}"
+
+    rl, bridge = at("teacher_rl"), ["teacher_rl", "bridge_warmup", "bridge"]
+    return {
+        "teacher_rl": ([], lambda: grpo("teacher_rl", teacher, train, args.teacher_grpo_flags)),
+        "direct_grpo": ([], lambda: grpo("direct_grpo", student, train, args.student_grpo_flags)),
+        "raw_teacher_warmup": ([], lambda: warmup("raw_teacher_warmup", teacher)),
+        "bridge_warmup": (["teacher_rl"], lambda: warmup("bridge_warmup", rl)),
+        "raw_teacher": (["raw_teacher_warmup"], lambda: opd("raw_teacher", teacher, at("raw_teacher_warmup"))),
+        "bridge": (["teacher_rl", "bridge_warmup"], lambda: opd("bridge", rl, at("bridge_warmup"))),
+        "bridge_grpo": (["bridge"], lambda: grpo("bridge_grpo", at("bridge"), heldout, args.stage3_flags)),
+        "cold_grpo": ([], lambda: grpo("cold_grpo", student, heldout, args.stage3_flags)),
+        "no_warmup": (bridge, lambda: opd("no_warmup", rl, student, updates("bridge_warmup", "bridge"))),
+        "no_opd": (bridge, lambda: warmup("no_opd", rl, no_opd())),
+        "sft": (bridge, lambda: warmup("sft", rl, f"--loss ce {no_opd()}")),
+        "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
+        "reward_free": (
+            bridge,
+            lambda: opd("reward_free", teacher, student, f"--loss reward_free {updates('bridge_warmup', 'bridge')}"),
+        ),
+    }
+
+
+def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
+    """Print and run one command, under torchrun for several processes; its exit code, unless 0, is this one's."""
+    script, *flags = shlex.split(command)
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
+    print(f"\n$ {shlex.join([*launcher, script, *flags])}" + (f"\n  > {log}" if log else ""), flush=True)
+    launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
+    command = [sys.executable, *launcher, str(Path(__file__).parent / script), *flags]
+    with open(log, "a") if log else nullcontext() as output:
+        code = subprocess.run(command, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
+    if code:
+        last = log.read_text().strip().splitlines()[-1:] if log else []
+        print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
+              sep="\n", file=sys.stderr)  # fmt: skip
+        sys.exit(code)
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """In a child process: end when bridge.py is killed, so that the next one finds no stage still writing (Linux only)."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def execute(folder: Path, done: str, command: Callable[[], str], inputs: list[Path], nproc: int, log: Path | None) -> None:
+    """Run what `command()` says; skip it when FOLDER/`done`, the file it writes last, says that it finished.
+
+    Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
+    typed = shlex.join(["python", *shlex.split(command())])
+    record = json.loads((folder / done).read_text()) if (folder / done).exists() else {"finished": False}
+    finished = record.get("finished", True)
+    made = folder / done if finished else checkpoint.latest(folder)  # a stage that was stopped goes on from its checkpoint
+    if made:
+        require(record["command"] == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
+        newer = [i for i in inputs if (path := i / "run.json").exists() and path.stat().st_mtime > made.stat().st_mtime]
+        require(
+            not newer,
+            f"{folder}: older than {', '.join(map(str, newer))}, which it was made from; delete it to make it again",
+        )
+    if finished:
+        print(f"# finished before: {typed}", flush=True)
+    else:
+        call(typed.removeprefix("python "), nproc, log)
+
+
+def run_all(tasks: dict, jobs: int) -> None:
+    """tasks: {name: (names of the tasks it waits for, all before it in the dict, function)}. `jobs` at a time, in order;
+    behind a failure none is started, and the first one is raised when those at work have ended."""
+    futures, failed = {}, []
+
+    def work(needs, function):
+        try:
+            if not any(futures[need].exception() for need in needs) and not failed:
+                function()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for name, (needs, function) in tasks.items():
+            futures[name] = pool.submit(work, needs, function)
+        for future in as_completed(futures.values()):
+            future.result()
+    finally:
+        failed.append(None)  # also when the user interrupts
+        pool.shutdown(cancel_futures=True)
+
+
 def main(args: Args) -> None:
     arms = list(ARMS) if "all" in args.arms else list(args.arms)
     require(set(arms) <= set(ARMS), f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
-    out, q = args.out, shlex.quote
-    if args.teacher:
-        train, heldout = split_labels(args)
-    else:
+    common.require_positive(args, "seeds jobs nproc")
+    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
+    if embedded:
         require(
             (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
             "--train-data and --benchmarks need --teacher and --student; without them the embedded world has its own",
         )
         toy_settings(args)
-        execute(f"python toy.py --out {q(out)}/world --seed {args.seed} {args.toy_flags}", Path(out, "world/toy.json"))
+        world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
+        execute(out / "world", "toy.json", lambda: world, [], 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
+    else:
+        require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
+        train, heldout = split_labels(args)
 
-    # ---- the stages in order: script, the models it starts from, problems, flags
-    teacher, student, rl = args.teacher, args.student, f"{out}/teacher_rl"
-    stages = {
-        "teacher_rl": ("grpo.py", {"--model": teacher}, train, args.teacher_grpo_flags),
-        "direct_grpo": ("grpo.py", {"--model": student}, train, args.student_grpo_flags),
-        "raw_teacher_warmup": ("fkl_warmup.py", {"--teacher": teacher, "--student": student}, train, args.warmup_flags),
-        "raw_teacher": ("opd.py", {"--teacher": teacher, "--student": f"{out}/raw_teacher_warmup"}, train, args.opd_flags),
-        "bridge_warmup": ("fkl_warmup.py", {"--teacher": rl, "--student": student}, train, args.warmup_flags),
-        "bridge": ("opd.py", {"--teacher": rl, "--student": f"{out}/bridge_warmup"}, train, args.opd_flags),
-        "bridge_grpo": ("grpo.py", {"--model": f"{out}/bridge"}, heldout, args.stage3_flags),
-    }
-    wanted = [name for name in stages if any(name in ARMS[arm] for arm in arms)]
+    # ---- the stages that the arms need, once per seed
+    seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
+    stages = {seed: stages_of(args, seed, train, heldout) for seed in seeds}
+    wanted = {stage for arm in arms for stage in ARMS[arm]}
+    for stage, (before, _) in reversed(stages[args.seed].items()):
+        wanted |= set(before) if stage in wanted else set()
+    wanted = [stage for stage in stages[args.seed] if stage in wanted]
 
     # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
-    force = " --force" if args.force else ""
-    if any(stages[name][0] == "opd.py" for name in wanted) and not any(common.finished(f"{out}/{name}") for name in wanted):
-        models = f"--teacher {q(teacher)} --student {q(student)}"
-        flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{force}"
-        call(shlex.join(shlex.split(f"python opd.py --preflight-only {models} {flags}")))
+    dense = any(stage not in ("teacher_rl", "direct_grpo", "cold_grpo") for stage in wanted)
+    if dense and not any(common.finished(out / f"seed{seed}" / stage) for seed in seeds for stage in wanted):
+        models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
+        flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
+        call(f"opd.py --preflight-only {models} {flags}")
 
-    for name in wanted:
-        script, models, data, flags = stages[name]
-        named = " ".join(f"{flag} {q(model)}" for flag, model in models.items())
-        command = f"python {script} {named} --train-data {q(data)} --out {q(out)}/{name} --seed {args.seed} --resume {flags}"
-        command += force if script != "grpo.py" else ""
-        execute(command, Path(out, name, "run.json"), list(models.values()), args.nproc)
-
-    # ---- measure the base models and the student of every stage
-    results, names = {}, [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
-    for name in ["base", "teacher_base", *wanted]:
-        model = {"base": student, "teacher_base": teacher}.get(name, f"{out}/{name}")
-        command = (
-            f"python eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
-            f"--out {q(out)}/eval/{name} --seed {args.seed} {args.eval_flags}"
-        )
-        folder = Path(out, "eval", name)
-        execute(command, folder / names[-1] / "summary.json", [model], args.nproc)
-        results[name] = {benchmark: json.loads((folder / benchmark / "summary.json").read_text()) for benchmark in names}
-    report(args, arms, results)
-
-
-def report(args: Args, arms: list[str], results: dict) -> None:
-    """Write report.json, report.md and report.png. results: {stage: {benchmark: summary.json of eval_math.py}}"""
-    out, first = Path(args.out), common.benchmark_name(args.benchmarks[0])
-    kept = ("accuracy", "ci95", "pass_at_k", "response_length", "truncated_frac")
-
-    def row(name, stages):
-        runs = [path for stage in stages if (path := out / stage / "run.json").exists()]
-        benchmarks = {benchmark: {key: summary[key] for key in kept} for benchmark, summary in results[name].items()}
-        return {
-            "accuracy": benchmarks[first]["accuracy"],
-            "ci95": benchmarks[first]["ci95"],
-            "benchmarks": benchmarks,
-            "labels_used": sum(json.loads(path.read_text())["labels_used"] for path in runs),
-        }
-
-    record = {
-        "benchmark": first,
-        "seed": args.seed,
-        "arms": {arm: row(arm, ARMS[arm]) for arm in arms},
-        "stages": {name: row(name, [name]) for name in results},
-    }
-    (out / "report.json").write_text(json.dumps(record, indent=2))
-    lines = ["| arm | accuracy | 95 % interval | labels used |", "|---|---|---|---|"]
-    teachers = {name: row for name, row in record["stages"].items() if name.startswith("teacher")}
-    for name, r in (teachers | record["arms"]).items():
-        lines.append(f"| {name} | {r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['labels_used']} |")
-    table = "\n".join(lines)
-    (out / "report.md").write_text(f"# Accuracy on {first}\n\n{table}\n\n![accuracy and learning curves](report.png)\n")
-    plot(out, record)
-    print(f"\n{table}\n\nwrote {out}/report.json and report.md")
-
-
-def plot(out: Path, record: dict) -> None:
-    """Left: accuracy by stage with 95 % intervals. Right: learning curves (in-training evaluation, else reward)."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    names, rows = list(record["stages"]), list(record["stages"].values())
-    accuracy = [r["accuracy"] for r in rows]
-    errors = [[r["accuracy"] - r["ci95"][0] for r in rows], [r["ci95"][1] - r["accuracy"] for r in rows]]
-    colors = ["tab:gray" if n.startswith("teacher") else "tab:blue" if n in record["arms"] else "tab:cyan" for n in names]
-    left.barh(names, accuracy, xerr=errors, color=colors, capsize=3)
-    left.invert_yaxis()
-    left.set(xlabel=f"accuracy on {record['benchmark']}, 95 % interval", xlim=(0, 1))
-    for name in names:
-        path = out / name / "metrics.jsonl"
-        metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for key in ("eval/accuracy", "charts/reward"):
-            points = [(m["step"], m[key]) for m in metrics if key in m]
-            if points:
-                right.plot(*zip(*points, strict=True), label=name, marker=".")
-                break
-    right.set(xlabel="step of the stage", ylabel="accuracy in training", ylim=(0, 1))
-    right.legend(fontsize=8)
-    figure.savefig(out / "report.png", dpi=120)
+    # ---- train, then measure the base models and what every stage made
+    tasks, names = {}, [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    for stage in wanted:
+        for seed in seeds:
+            folder, (before, command) = out / f"seed{seed}", stages[seed][stage]
+            log = folder / f"{stage}.log" if jobs > 1 else None
+            folder.mkdir(parents=True, exist_ok=True)
+            run = partial(execute, folder / stage, "run.json", command, [folder / b for b in before], args.nproc, log)
+            tasks[stage, seed] = [(b, seed) for b in before], run
+    for stage in ["base", "teacher_base", *wanted]:
+        for seed in seeds:
+            folder = out / f"seed{seed}"
+            model = {"base": args.student, "teacher_base": args.teacher}.get(stage, str(folder / stage))
+            command = f"eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
+            command += f"--out {q(str(folder))}/eval/{stage} --seed {seed} {args.eval_flags}"
+            log = folder / f"eval_{stage}.log" if jobs > 1 else None
+            folder.mkdir(parents=True, exist_ok=True)
+            done = f"{names[-1]}/summary.json"
+            run = partial(execute, folder / "eval" / stage, done, lambda c=command: c, [Path(model)], args.nproc, log)
+            tasks["eval", stage, seed] = [(stage, seed)] if stage in wanted else [], run
+    run_all(tasks, jobs)
+    report.write(out, names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
 
 
 if __name__ == "__main__":

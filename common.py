@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -326,6 +327,11 @@ def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool
     return model.eval().requires_grad_(trainable)
 
 
+def count_params(*models) -> list[int]:
+    """Parameters of each model, tied ones once, over all shards."""
+    return [sum(p.numel() for p in model.parameters()) for model in models]
+
+
 def move(model, device) -> None:
     """Move a whole model; a sharded one has its place, or with `offload` moves itself."""
     if parallel.world_size() == 1:
@@ -484,6 +490,9 @@ class Run:
         if worth:
             require_same_run(args, self.out)
         self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
+        split = args.label_split and load_problems(args.label_split, "--label-split", need_answers=True)
+        self.label_split = {p.text for p in split} if split else None
+        self.spent = Counter()  # optimizer updates, sampled tokens, FLOPs
         self.record = {
             "finished": False,
             "command": command_line(),
@@ -528,7 +537,7 @@ class Run:
         if not self.resumed_from:
             return 0
         state = checkpoint.restore(self.resumed_from, model, optimizer)
-        stream.position, self.labels = state["position"], set(state["labels"])
+        stream.position, self.labels, self.spent = state["position"], set(state["labels"]), Counter(state["spent"])
         print(f"resumed from {self.resumed_from}")
         return state["step"]
 
@@ -537,7 +546,7 @@ class Run:
         full."""
         if not self.args.save_every or step % self.args.save_every or step == self.total_steps:
             return
-        state = {"step": step, "position": stream.position, "labels": sorted(self.labels)}
+        state = {"step": step, "position": stream.position, "labels": sorted(self.labels), "spent": self.spent}
         try:
             checkpoint.save(self.out, model, optimizer, state, self.args.keep_last)
         except OSError as error:
@@ -546,6 +555,22 @@ class Run:
                 f"--out {self.out}: {error} ({free:.1f} GB free there). "
                 + (f"{whole} is whole: make room, then run the same command with --resume" if whole else "Make room")
             ) from None
+
+    def consult(self, problems) -> None:
+        """Enter problems into the ledger before their answers decide a reward. Raises RunStopped for one that is not in
+        --label-split."""
+        texts = {problem.text for problem in problems}
+        outside = texts - self.label_split if self.label_split is not None else set()
+        if outside:
+            reason = f"a label outside --label-split {self.args.label_split}: {min(outside)[:80]!r}"
+            self.note(stopped=reason)
+            raise RunStopped(f"{self.out}: {reason}; nothing was learned from it. Take --train-data from that file")
+        self.labels |= texts
+
+    def spend(self, updates: int = 0, sampled_tokens: int = 0, flops: float = 0) -> None:
+        """Count what training costs, for run.json. FLOPs are 2 a parameter and token forward and 4 more backward, attention
+        itself left out (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
+        self.spent.update(updates=updates, sampled_tokens=sampled_tokens, flops=flops)
 
     def note(self, **entries) -> None:
         """Add entries to run.json."""
@@ -579,10 +604,12 @@ class Run:
             return
         self.bar.close()
         self.metrics.close()
+        (self.out / "labels.json").write_text(json.dumps(sorted(self.labels)))
         self.record |= {
             "finished": True,
             "wall_time_s": round(time.time() - self.start, 1),
             "labels_used": len(self.labels),
+            **self.spent,
             **extra,
         }
         self._write_record()

@@ -40,6 +40,8 @@ class Args:
     """output folder: Hugging Face checkpoint, rollouts.jsonl, metrics.jsonl, run.json"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """problems, answers not needed: hub id (name, name:config, name:config:split) or local .jsonl/.parquet"""
+    label_split: str | None = None
+    """labeled problems; the run stops before it consults an answer of any other (none: no such bound)"""
     rollouts: str | None = None
     """reuse the rollouts.jsonl of an earlier run with this teacher and data instead of sampling"""
     eval_data: str | None = None
@@ -211,6 +213,10 @@ def main(args: Args) -> None:
         sampler.sleep()
     saved = [row for row in saved if row["response_ids"]]  # none is left of one whose first id no token has
     rollout_time = time.time() - rollout_start
+    params, teacher_params = common.count_params(model, teacher)
+    sampled = sum(len(row["response_ids"]) for row in saved)
+    read = sampled + sum(len(teacher_prompts[index[row["problem"]]]) for row in saved)
+    run.spend(sampled_tokens=sampled, flops=2 * read * teacher_params)  # also where --rollouts saves doing it again
 
     # for --eval-data alone, and always hf: the teacher has the process's one vLLM engine
     eval_sampler = common.HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
@@ -278,6 +284,7 @@ def main(args: Args) -> None:
         policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (sums[:5] / tokens).tolist()
         early, middle, late = (sums[5:8] / sums[8:11].clamp(min=1)).tolist()
         overlap, student_mass, teacher_mass = (sums[11:14] / sums[14]).tolist()
+        run.spend(updates=1, flops=sum(lengths) * (6 * params + 2 * teacher_params))
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(row["truncated"] for row in batch) / len(batch),

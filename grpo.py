@@ -35,6 +35,8 @@ class Args:
     """output folder: Hugging Face checkpoint, metrics.jsonl, run.json"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """labeled problems: hub id (name, name:config, name:config:split) or local .jsonl/.parquet"""
+    label_split: str | None = None
+    """labeled problems; the run stops before it consults an answer of any other (none: no such bound)"""
     eval_data: str | None = None
     """labeled problems for the learning curve: one response each, sampled as in training"""
     eval_every: int = 0
@@ -199,7 +201,7 @@ def main(args: Args) -> None:
     grader = common.Grader(args.grader)
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
-    G = args.group_size
+    G, [params] = args.group_size, common.count_params(model)
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
@@ -212,14 +214,16 @@ def main(args: Args) -> None:
 
         # ---- rollout: a group of responses per problem, and their rewards
         groups, all_responses, all_rewards = [], [], []  # groups: (problem index, responses, rewards)
+        prompt_tokens = 0
         for draw in range(1 + args.dynamic_sampling):
             batch = stream.take(args.prompts_per_step)
             responses = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
+            run.consult(problems[i] for i in batch)
             rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch for _ in range(G)])
-            run.labels.update(problems[i].text for i in batch)
             drawn = [(i, responses[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
             groups += [group for group in drawn if not args.dynamic_sampling or len(set(group[2])) > 1]
             all_responses, all_rewards = all_responses + responses, all_rewards + rewards
+            prompt_tokens += sum(G * len(prompts[i]) for i in batch)
             if len(groups) >= args.prompts_per_step:
                 break
         groups = groups[: args.prompts_per_step]
@@ -240,11 +244,13 @@ def main(args: Args) -> None:
         trains = (advantages != 0).tolist()
         lengths = [len(p) + len(r.ids) for p, r in zip(batch_prompts, responses, strict=True)]
         minibatches = []  # (this rank's micro-batches of the rows that train, tokens of all rows: the loss's denominator)
+        passed = []  # tokens that a minibatch passes through the model, on all ranks
         for first in range(0, len(responses), args.minibatch_prompts * G):
             rows = range(first, min(first + args.minibatch_prompts * G, len(responses)))
             rows = [k for k in rows if responses[k].ids and not (args.overlong_filtering and responses[k].truncated)]
             tokens = sum(len(responses[k].ids) for k in rows)
             rows = [k for k in rows if trains[k] or args.kl_coef]
+            passed.append(sum(lengths[k] for k in rows))
             micro_batches = common.micro_batches([lengths[k] for k in rows], args.micro_batch_tokens)
             micro_batches = [[rows[j] for j in micro_batch] for micro_batch in micro_batches]
             minibatches.append((parallel.share(micro_batches), tokens))
@@ -339,6 +345,8 @@ def main(args: Args) -> None:
         policy_loss, ref_kl, grad_norm = [value / max(updates, 1) for value in (policy_loss, ref_kl, grad_norm)]
         response_tokens = sum(len(r.ids) for r in all_responses)
         by_group = torch.tensor(all_rewards).view(-1, G)
+        forward = prompt_tokens + response_tokens + sum(passed[1:]) + (sum(passed) if ref is not None else 0)
+        run.spend(updates, response_tokens, flops=params * (2 * forward + 6 * sum(passed)))
         metrics = {
             "charts/reward": float(by_group.mean()),
             "charts/response_length": response_tokens / len(all_responses),

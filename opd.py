@@ -38,6 +38,8 @@ class Args:
     """output folder: Hugging Face checkpoint, metrics.jsonl, run.json"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """problems, answers not needed: hub id (name, name:config, name:config:split) or local .jsonl/.parquet"""
+    label_split: str | None = None
+    """labeled problems; the run stops before it consults an answer of any other (none: no such bound)"""
     eval_data: str | None = None
     """labeled problems for the learning curve: one response each, sampled as in training"""
     eval_every: int = 0
@@ -213,6 +215,7 @@ def main(args: Args) -> None:
     grader = common.Grader()  # for --eval-data and the samples alone
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
+    params, teacher_params = common.count_params(model, teacher)
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
@@ -309,6 +312,8 @@ def main(args: Args) -> None:
         policy_loss, reverse_kl, forward_kl, entropy, teacher_entropy, diff_mean = (sums[:6] / tokens).tolist()
         early, middle, late = (sums[6:9] / sums[9:12].clamp(min=1)).tolist()
         overlap, student_mass, teacher_mass = (sums[12:15] / sums[15]).tolist()
+        read = tokens + sum(len(prompts[i]) for i in batch)  # by the student when it samples and trains, and by the teacher
+        run.spend(updates=1, sampled_tokens=tokens, flops=read * ((2 + 6) * params + 2 * teacher_params))
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(r.truncated for r in responses) / len(batch),

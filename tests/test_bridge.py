@@ -2,13 +2,16 @@
 
 import json
 import random
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, read_jsonl, write_jsonl
@@ -19,12 +22,17 @@ import eval_math
 import fkl_warmup
 import grpo
 import opd
+import report
 import toy
 from common import UsageError
 
 ACCURACY = {"base": 0.1, "teacher_base": 0.3, "teacher_rl": 0.9, "direct_grpo": 0.5, "raw_teacher_warmup": 0.2,
-            "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85}  # fmt: skip
-TRAINED = ["teacher_rl", "direct_grpo", "raw_teacher_warmup", "raw_teacher", "bridge_warmup", "bridge", "bridge_grpo"]
+            "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85, "cold_grpo": 0.4,
+            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "replay": 0.8, "reward_free": 0.05}  # fmt: skip
+TRAINED = ["teacher_rl", "direct_grpo", "raw_teacher_warmup", "bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
+CONTROLS = ["cold_grpo", "no_warmup", "no_opd", "sft", "replay", "reward_free"]
+UPDATES = {"teacher_rl": 8, "bridge_warmup": 3, "bridge": 7, "bridge_grpo": 5}
+PROBLEMS = 100  # of every benchmark; problem i is right after a stage when i < 100 times its accuracy
 
 
 def flag(command, name, count=1):
@@ -74,6 +82,7 @@ def fake(monkeypatch):
         state.commands.append([script, *flags])
         out = Path(flag(flags, "--out"))
         if state.fail == out.name:
+            out.mkdir(parents=True, exist_ok=True)
             write_later(out / "run.json", {"finished": False})
             return SimpleNamespace(returncode=3)
         typed = shlex.join(["python", script, *flags])
@@ -83,16 +92,23 @@ def fake(monkeypatch):
         elif script == "eval_math.py":
             benchmarks = flags[flags.index("--benchmarks") + 1 : flags.index("--out")]
             for spec in benchmarks:
-                accuracy = ACCURACY[out.name]
-                summary = {"accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "pass_at_k": {"1": accuracy},
-                           "response_length": 9.0, "truncated_frac": 0.0, "command": typed}  # fmt: skip
-                write_later(out / common.benchmark_name(spec) / "summary.json", summary)
+                folder, right = out / common.benchmark_name(spec), round(PROBLEMS * ACCURACY[out.name])
+                folder.mkdir(parents=True)
+                write_jsonl(
+                    folder / "generations.jsonl", [{"problem": f"{i}", "reward": float(i < right)} for i in range(100)]
+                )
+                write_later(folder / "summary.json", {"command": typed})
         else:
-            labels = {"teacher_rl": 400, "direct_grpo": 410, "bridge_grpo": 100}.get(out.name, 0)
-            write_later(out / "run.json", {"finished": True, "labels_used": labels, "command": typed})
+            name, data = out.name, flag(flags, "--train-data")
+            labels = [p.text for p in common.load_problems(data, "--train-data", True)] if script == "grpo.py" else []
+            out.mkdir(parents=True, exist_ok=True)
+            args = {"group_size": 8} if script == "grpo.py" else {"rollouts_per_prompt": 4} if "warmup" in script else {}
             write_jsonl(
                 out / "metrics.jsonl", [{"step": s, "charts/reward": 0.1 * s, "losses/reverse_kl": 1.0} for s in (1, 2)]
             )
+            write_later(out / "labels.json", labels)
+            spent = {"updates": UPDATES.get(name, 10), "sampled_tokens": 1000, "flops": 1e15}
+            write_later(out / "run.json", {"finished": True, "args": args, "command": typed} | spent)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -170,10 +186,10 @@ def test_stages_run_in_order_with_the_right_models_and_data(tmp_path, fake, prob
     assert stages(fake) == TRAINED
     models = {"teacher_rl": ("grpo.py", ["big"]), "direct_grpo": ("grpo.py", ["small"]),
               "raw_teacher_warmup": ("fkl_warmup.py", ["big", "small"]),
-              "raw_teacher": ("opd.py", ["big", f"{out}/raw_teacher_warmup"]),
-              "bridge_warmup": ("fkl_warmup.py", [f"{out}/teacher_rl", "small"]),
-              "bridge": ("opd.py", [f"{out}/teacher_rl", f"{out}/bridge_warmup"]),
-              "bridge_grpo": ("grpo.py", [f"{out}/bridge"])}  # fmt: skip
+              "raw_teacher": ("opd.py", ["big", f"{out}/seed1/raw_teacher_warmup"]),
+              "bridge_warmup": ("fkl_warmup.py", [f"{out}/seed1/teacher_rl", "small"]),
+              "bridge": ("opd.py", [f"{out}/seed1/teacher_rl", f"{out}/seed1/bridge_warmup"]),
+              "bridge_grpo": ("grpo.py", [f"{out}/seed1/bridge"])}  # fmt: skip
     for name, (script, paths) in models.items():
         command = by_stage[name]
         assert command[0] == script
@@ -218,13 +234,13 @@ def test_a_broken_stage_ends_the_run_and_is_continued(tmp_path, fake, problems, 
     assert stages(fake)[-1] == "bridge_warmup" and evaluated(fake) == []
     fake.fail, fake.commands = None, []
     bridge.main(real(tmp_path, problems))
-    assert stages(fake) == ["bridge_warmup", "bridge", "bridge_grpo"]
+    assert stages(fake) == ["bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     fake.commands = []
-    for changes in ({"seed": 2}, {"teacher": "bigger"}, {"opd_flags": "--max-steps 3"}, {"eval_flags": "--samples 2"}):
+    for changes in ({"teacher": "bigger"}, {"opd_flags": "--max-steps 3"}, {"eval_flags": "--samples 2"}):
         with pytest.raises(UsageError, match="delete it,? or choose another --out"):
             bridge.main(real(tmp_path, problems, **changes))
     assert fake.commands == []
@@ -232,8 +248,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems)
 
 def test_a_stage_older_than_what_it_was_made_from_is_refused(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
-    (tmp_path / "run" / "bridge_warmup" / "run.json").unlink()
-    with pytest.raises(UsageError, match="run/bridge: older than .*it was made from"):
+    (tmp_path / "run" / "seed1" / "bridge_warmup" / "run.json").unlink()
+    with pytest.raises(UsageError, match="run/seed1/bridge: older than .*it was made from"):
         bridge.main(real(tmp_path, problems))
     assert stages(fake)[-1] == "bridge_warmup"
 
@@ -252,9 +268,10 @@ def test_bad_flags_are_refused(tmp_path, fake, problems, changes, message):
 # -------------------------------------------------------------------------------------------------------- embedded world
 def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
     out = str(tmp_path / "demo")
-    bridge.main(bridge.Args(out=out, opd_flags="--max-steps 2", toy_flags="--arch llama"))
+    bridge.main(bridge.Args(out=out, opd_flags="--max-steps 2", toy_flags="--arch llama", jobs=1))
     toy_command, *rest = fake.commands
-    assert toy_command == ["toy.py", "--out", f"{out}/world", "--seed", "1", "--arch", "llama"]
+    world = ["--world", "arithmetic", "--out", f"{out}/world", "--seed", "1", "--arch", "llama"]
+    assert toy_command == ["toy.py", *world]
     assert stages(fake) == TRAINED
     for command in rest:
         name = Path(flag(command, "--out")).name
@@ -266,7 +283,7 @@ def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
                 "nothing but eval_math.py sees the test problems"
             )
         if command[0] == "opd.py":
-            assert command[-2:] == ["--max-steps", "2"], "the command line has the last word"
+            assert tyro.cli(opd.Args, args=command[1:]).max_steps == 2, "the command line has the last word"
 
 
 def test_another_embedded_world_in_the_same_folder_is_refused(tmp_path, fake):
@@ -284,25 +301,190 @@ def test_the_embedded_settings_are_flags_that_the_scripts_know(tmp_path, fake):
         tyro.cli(parsers[script].Args, args=flags)
 
 
+# --------------------------------------------------------------------------------------------------------------- controls
+def commands_of(fake):
+    return {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")}
+
+
+def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, fake, problems):
+    bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags="--max-steps 98"))
+    assert stages(fake) == TRAINED + CONTROLS
+    made, out = commands_of(fake), f"{tmp_path}/run/seed1"
+    parsed = {name: tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[c[0]].Args, args=c[1:])
+              for name, c in made.items()}  # fmt: skip
+    for name in ("no_warmup", "no_opd", "sft", "reward_free"):
+        assert parsed[name].max_steps == UPDATES["bridge_warmup"] + UPDATES["bridge"] and parsed[name].student == "small"
+    assert parsed["replay"].max_steps == UPDATES["bridge_grpo"] and parsed["replay"].student == f"{out}/bridge"
+    assert parsed["no_opd"].rollouts_per_prompt == parsed["sft"].rollouts_per_prompt == 16  # 4 x ceil(10 / 3)
+    assert (parsed["sft"].loss, parsed["no_opd"].loss, parsed["reward_free"].loss) == ("ce", "forward_kl", "reward_free")
+    for name in ("no_warmup", "no_opd", "sft", "replay"):
+        assert parsed[name].teacher == f"{out}/teacher_rl"
+    assert parsed["reward_free"].teacher == "big", "no label reaches it by way of a teacher, not even in its figures"
+    assert parsed["cold_grpo"].model == "small" and parsed["cold_grpo"].train_data == f"{tmp_path}/run/data/heldout.jsonl"
+
+
+def test_every_stage_is_bound_to_the_labels_of_its_split(tmp_path, fake, problems):
+    other = "--train-data other.jsonl --label-split other.jsonl"
+    bridge.main(real(tmp_path, problems, arms=("all",), student_grpo_flags=other))
+    for name, command in commands_of(fake).items():
+        args = tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[command[0]].Args, args=command[1:])
+        split = "heldout" if name in ("bridge_grpo", "cold_grpo") else "train"
+        assert args.label_split == f"{tmp_path}/run/data/{split}.jsonl", "whatever further flags say"
+
+
+# ------------------------------------------------------------------------------------------------------------------ seeds
+def test_seeds_share_the_world_and_nothing_else(tmp_path, fake):
+    bridge.main(bridge.Args(out=str(tmp_path / "run"), arms=("bridge",), seeds=3, jobs=1))
+    assert [c[0] for c in fake.commands].count("toy.py") == 1
+    trained = [c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")]
+    assert len(trained) == 9 and len(fake.preflights) == 1
+    for command in trained:
+        out = Path(flag(command, "--out"))
+        assert out.parent.name == f"seed{flag(command, '--seed')}"
+        models = [flag(command, f) for f in ("--teacher", "--student", "--model") if f in command]
+        assert all(f"/{out.parent.name}/" in model or "/world/" in model for model in models)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["seeds"] == [1, 2, 3] and len(report["arms"]["bridge"]["by_seed"]) == 3
+
+
+def test_stages_run_side_by_side_but_never_before_what_they_need(tmp_path):
+    order, inside, most = [], [], []
+
+    def task(name):
+        def work():
+            inside.append(name)
+            most.append(len(inside))
+            time.sleep(0.05)
+            order.append(name)
+            inside.remove(name)
+
+        return work
+
+    needs = {"a": [], "b": [], "c": ["a", "b"], "d": [], "e": ["c"], "f": ["d"]}
+    bridge.run_all({name: (before, task(name)) for name, before in needs.items()}, 2)
+    assert sorted(order) == [*"abcdef"] and max(most) == 2
+    assert all(order.index(b) < order.index(name) for name, before in needs.items() for b in before)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_behind_a_failure_nothing_more_is_started(jobs):
+    started = []
+
+    def fail():
+        time.sleep(0.05)
+        sys.exit(3)
+
+    tasks = {"bad": ([], fail), "beside": ([], lambda: (time.sleep(0.1), started.append("beside")))}
+    tasks |= {f"later{i}": ([], lambda i=i: started.append(i)) for i in range(20)}
+    tasks["needs it"] = (["bad"], lambda: started.append("needs it"))
+    with pytest.raises(SystemExit) as stop:
+        bridge.run_all(tasks, jobs)
+    assert stop.value.code == 3 and started == ["beside"] * (jobs - 1)
+
+
+def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "talk.py"
+    script.write_text("import sys; print('much'); print('the reason', file=sys.stderr); sys.exit(5)")
+    monkeypatch.setattr(bridge, "__file__", str(tmp_path / "bridge.py"))
+    with pytest.raises(SystemExit):
+        bridge.call("talk.py", log=tmp_path / "talk.log")
+    assert (tmp_path / "talk.log").read_text() == "much\nthe reason\n"
+    out, err = capsys.readouterr()
+    assert "$ python talk.py" in out and err.startswith("the reason\nerror: talk.py ended with exit code 5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a child with its parent")
+def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
+    """Otherwise it would still be writing when the same command is given again."""
+    (tmp_path / "stage.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    code = f"import bridge, pathlib; bridge.__file__ = {str(tmp_path / 'bridge.py')!r}; bridge.call('stage.py')"
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = iter(driver.stdout.readline, "")
+    pid = next(int(line) for line in lines if line.strip().isdigit())
+    driver.kill()
+    driver.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the stage is still at work")
+
+
 # ---------------------------------------------------------------------------------------------------------------- report
 def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
-    bridge.main(real(tmp_path, problems, benchmarks=("b.jsonl", "org/set:c:test")))
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert set(report) >= {"benchmark", "arms", "stages", "seed"} and report["benchmark"] == "b"
-    assert list(report["arms"]) == ["base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo"]
-    labels = {"base": 0, "direct_grpo": 410, "raw_teacher": 0, "bridge": 400, "bridge_grpo": 500}  # those of its stages
-    for arm, row in report["arms"].items():
-        assert row["accuracy"] == ACCURACY[arm] and row["labels_used"] == labels[arm]
-        assert row["ci95"] == [ACCURACY[arm] - 0.05, ACCURACY[arm] + 0.05]
-        assert set(row["benchmarks"]) == {"b", "org_set_c_test"} and row["benchmarks"]["b"]["accuracy"] == ACCURACY[arm]
-    assert set(report["stages"]) == set(ACCURACY)
-    assert report["stages"]["bridge"]["labels_used"] == 0 and report["stages"]["teacher_rl"]["labels_used"] == 400
+    bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=("b.jsonl", "org/set:c:test")))
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(record) == {"benchmark", "arms", "stages", "seeds", "comparisons"} and record["benchmark"] == "b"
+    assert list(record["arms"]) == list(bridge.ARMS)
+    labels = dict.fromkeys(bridge.ARMS, 40) | {
+        "base": 0,
+        "raw_teacher": 0,
+        "reward_free": 0,
+        "bridge_grpo": 50,
+        "cold_grpo": 10,
+    }
+    for arm, row in record["arms"].items():
+        assert row["accuracy"] == pytest.approx(ACCURACY[arm]) and row["labels_used"] == labels[arm]
+        low, high = row["ci95"]
+        assert low <= ACCURACY[arm] <= high and row["se"] is None and row["by_seed"] == pytest.approx([ACCURACY[arm]])
+        assert set(row["benchmarks"]) == {"b", "org_set_c_test"}
+    assert set(record["stages"]) == set(ACCURACY)
+    assert record["stages"]["bridge"]["labels_used"] == 0 and record["stages"]["teacher_rl"]["labels_used"] == 40
+    cost = {key: record["arms"]["bridge_grpo"][key] for key in ("rl_updates", "dense_updates", "sampled_tokens", "flops")}
+    assert cost == {"rl_updates": 13, "dense_updates": 10, "sampled_tokens": 4000, "flops": 4e15}
+
+
+def test_labels_that_two_stages_share_are_counted_once(tmp_path, fake, problems):
+    bridge.main(real(tmp_path, problems, arms=("bridge_grpo",)))
+    shared = tmp_path / "run/seed1"
+    shutil.copy(shared / "teacher_rl/labels.json", shared / "bridge_grpo/labels.json")
+    stages = bridge.ARMS["bridge_grpo"]
+    assert report.cost(tmp_path / "run", [1], stages)["labels_used"] == 40
+
+
+def test_the_papers_comparisons_have_a_difference_an_interval_and_a_verdict(tmp_path, fake, problems):
+    bridge.main(real(tmp_path, problems, arms=("all",)))
+    comparisons = json.loads((tmp_path / "run" / "report.json").read_text())["comparisons"]
+    assert list(comparisons) == list(report.COMPARISONS)
+    for name, row in comparisons.items():
+        low, high = (ACCURACY[arm] for arm in name.split(" < "))
+        assert row["difference"] == pytest.approx(high - low) and row["ci95"][0] <= row["difference"] <= row["ci95"][1]
+        assert row["verdict"] == ("holds" if high - low > 0.03 else "not resolved"), name
+
+
+def test_a_verdict_needs_the_whole_interval_on_one_side():
+    assert [report.verdict(ci) for ci in ([0.01, 0.1], [-0.1, -0.01], [-0.01, 0.1], [0.0, 0.1], [-0.1, 0.0])] == [
+        "holds", "reversed", "not resolved", "not resolved", "not resolved"]  # fmt: skip
+
+
+def test_the_bootstrap_draws_seeds_and_problems():
+    """Against the variances that two-way resampling has in theory: seeds' + problems' of the mean."""
+    rng = np.random.default_rng(0)
+    seeds, problems = rng.normal(0, 1, (40, 1)), rng.normal(0, 3, (1, 300))
+    low, high = report.bootstrap(seeds + problems)
+    expected = 2 * 1.96 * (seeds.var() / 40 + problems.var() / 300) ** 0.5
+    assert high - low == pytest.approx(expected, rel=0.05) and low < (seeds + problems).mean() < high
+    one = rng.normal(0, 1, (1, 300))
+    low, high = report.bootstrap(one)
+    assert high - low == pytest.approx(2 * 1.96 * (one.var() / 300) ** 0.5, rel=0.05), "one seed: problems alone"
+    low, high = report.bootstrap(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
+    assert (low, high) == pytest.approx((0.1, 0.3)), "three seeds: all three alike in one draw of nine"
+
+
+def test_a_difference_is_paired_by_problem(tmp_path, fake, problems):
+    """Each arm is right on half of the problems, so its own interval is wide; the second is right on one more."""
+    values = {"bridge": np.arange(100)[None] % 2 * 1.0}
+    values["bridge_grpo"] = values["bridge"].copy()
+    values["bridge_grpo"][0, :8:2] = 1
+    row = report.compare(values)["bridge < bridge_grpo"]
+    assert row["difference"] == pytest.approx(0.04) and row["ci95"][1] - row["ci95"][0] < 0.09 and row["verdict"] == "holds"
 
 
 def test_report_md_is_a_table_with_the_plot(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "| bridge | 0.800 | 0.750 to 0.850 | 400 |" in text and "| bridge_grpo | 0.850 | 0.800 to 0.900 | 500 |" in text
+    assert re.search(r"\| bridge \| 0.800 \| 0.7\d\d to 0.8\d\d \| 40 \| 8 / 10 \| 0.00 M \| 3 \|", text)
+    assert re.search(r"\| direct_grpo < bridge \| \+0.300 \| \+0.\d\d\d to \+0.\d\d\d \| holds \|", text)
     assert "(report.png)" in text
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
