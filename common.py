@@ -213,6 +213,26 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
     return problems
 
 
+def paced_weights(spec: str, problems: list[Problem]) -> list[float]:
+    """p(1 - p) of every problem (arXiv 2603.11178), p its pass rate in the generations.jsonl `spec` of eval_math.py."""
+    rewards = {}  # problem: of its responses
+    for row in load_rows(spec, "--paced"):
+        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
+        require(known, f"--paced {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
+        rewards.setdefault(row["problem"], []).append(row["reward"])
+    missing = sum(p.text not in rewards for p in problems)
+    require(
+        not missing,
+        f"--paced {spec}: lacks {missing} of the {len(problems)} problems; make it by running eval_math.py on --train-data",
+    )
+    pass_rates = [float(np.mean(rewards[p.text])) for p in problems]
+    require(
+        any(0 < p < 1 for p in pass_rates),
+        f"--paced {spec}: every problem is passed always or never, so all weights are 0; raise eval_math.py's --samples",
+    )
+    return [p * (1 - p) for p in pass_rates]
+
+
 def render_prompt(tokenizer, problem: Problem, instruction: str, thinking: bool) -> list[int]:
     """Token ids of the chat prompt, ending where the assistant's response begins. The instruction follows the problem
     on its own line unless the problem already asks for a box."""

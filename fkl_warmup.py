@@ -3,8 +3,9 @@
 
 The teacher answers every problem once or more; the student then learns to cover those answers with the full-vocabulary
 KL(teacher || student) at every response token. It brings the student near enough to the teacher for on-policy
-distillation (opd.py) to be informative. No reward and no label is used. `--loss ce` is plain cross-entropy on the same
-rollouts, the SFT control. The authors released no warmup code: batch, learning rate and epochs here are this project's.
+distillation (opd.py) to be informative. No reward and no label is used; docs/options.md has token weights that do.
+`--loss ce` is plain cross-entropy on the same rollouts, the SFT control. The authors released no warmup code: batch,
+learning rate and epochs here are this project's.
 
     python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --out ckpt/warmup
     python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts rollouts.jsonl --loss ce --out ckpt/sft
@@ -132,6 +133,10 @@ class Args:
     # loss
     loss: Literal["forward_kl", "ce"] = "forward_kl"
     """forward_kl: KL(teacher || student) over the vocabulary; ce: cross-entropy on the sampled tokens (SFT)"""
+    paced: str | None = None
+    """PACED: weight a problem by p(1 - p), p its pass rate in this generations.jsonl of eval_math.py; uses labels"""
+    reward_weight: float = 0.0
+    """W: weight a response by 1 - W + W * reward; needs answers, uses labels; 0: off"""
 
 
 def main(args: Args) -> None:
@@ -142,6 +147,7 @@ def main(args: Args) -> None:
     common.require_positive(args, sizes)
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
+    require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
     plan.check(
         args,
         lambda: plan.Workload(
@@ -152,7 +158,7 @@ def main(args: Args) -> None:
         ),
     )
     common.choose_sampler(args)
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
+    problems = common.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
@@ -167,6 +173,7 @@ def main(args: Args) -> None:
         "--train-data",
     )
     eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    problem_weights = common.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     index = {problem.text: i for i, problem in enumerate(problems)}
     saved = common.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
     if saved is not None:
@@ -200,7 +207,7 @@ def main(args: Args) -> None:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
-    grader = common.Grader()  # for --eval-data and the samples alone
+    grader = common.Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="forward_kl")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
 
@@ -227,6 +234,8 @@ def main(args: Args) -> None:
         return common.evaluate(eval_sampler, tokenizer, eval_prompts, answers, grader, seed=(args.seed, step, 1))
 
     start = run.resume(model, optimizer, stream)
+    if args.paced:
+        run.labels.update(p.text for p in problems)  # eval_math.py consulted their answers
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
     for step in range(start + 1, total_steps + 1):
@@ -234,7 +243,19 @@ def main(args: Args) -> None:
         batch = [saved[i] for i in stream.take(args.rollouts_per_step)]
         rows = [index[row["problem"]] for row in batch]
         response_ids = [row["response_ids"] for row in batch]
-        tokens = sum(map(len, response_ids))  # the loss's one denominator
+        tokens = sum(map(len, response_ids))
+
+        # ---- weights of the tokens: all the same unless an option says otherwise (docs/options.md)
+        weights = torch.tensor([problem_weights[i] for i in rows], dtype=torch.float64)  # (B,)
+        if args.reward_weight:
+            texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+            rewards = parallel.on_rank_zero(grader.grade, texts, [problems[i].answer for i in rows])
+            run.labels.update(problems[i].text for i in rows)
+            weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
+        sizes = torch.tensor([len(r) for r in response_ids])
+        weights = weights.repeat_interleave(sizes)  # (tokens,)
+        trained, weight_sum = int((weights > 0).sum()), float(weights.sum())  # the sum is the loss's one denominator
+        weights = (weights / (weight_sum or 1)).split(sizes.tolist())  # of each response (R,)
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
         sums, score_time = torch.zeros(15, dtype=torch.float64), 0.0
@@ -251,16 +272,18 @@ def main(args: Args) -> None:
             with common.autocast(device, dtype):
                 hidden, head, ids = common.response_hidden(model, [prompts[rows[k]] for k in micro_batch], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
-                weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
-                options = {"weight": weight, "temperature": args.temperature, "target_ids": ids}
+                weight = torch.cat([torch.zeros(0), *(weights[k] for k in micro_batch)])  # (N,)
+                weight = weight.to(device, torch.promote_types(dtype, torch.float32))
+                options = {"temperature": args.temperature, "target_ids": ids}
                 if args.loss == "ce":
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log
                     logprobs, _ = fused_linear_logprob(hidden, head, ids)  # (N,): SFT has no temperature
                     loss = -(weight * logprobs).sum()
                 else:
-                    loss, stats = fused_linear_divergence(
-                        hidden, head, target, kind="forward_kl", **options
-                    )  # sum_n w_n D_n
+                    # sum_n w_n D_n
+                    loss, stats = fused_linear_divergence(hidden, head, target, kind="forward_kl", weight=weight, **options)
+                    if trained < tokens:  # there the tokens of weight 0 are left out; the metrics are means over all
+                        _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
             values = [
                 loss.detach() * tokens,
                 stats.forward_kl.sum(),
@@ -276,7 +299,8 @@ def main(args: Args) -> None:
             (loss * parallel.world_size()).backward()
         sums, grad_norm = parallel.all_reduce(sums), common.clip_gradients(model, args.max_grad_norm)
         stop.unless_finite(step, policy_loss=sums[0], grad_norm=grad_norm)
-        optimizer.step()
+        if weight_sum:  # else nothing is to be learned, and AdamW's momentum would move the weights nevertheless
+            optimizer.step()
         optimizer.zero_grad()
         step_time = time.time() - step_start
 
@@ -291,6 +315,7 @@ def main(args: Args) -> None:
             "charts/repetition": telemetry.repetition(response_ids),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": tokens / step_time,
+            "charts/trained_frac": trained / tokens,
             "losses/policy_loss": policy_loss,
             "losses/forward_kl": forward_kl,
             "losses/forward_kl_early": early,
@@ -308,6 +333,10 @@ def main(args: Args) -> None:
             "time/train": step_time - score_time,
             "time/step": step_time,
         }
+        if run.labels:
+            metrics |= {"charts/labels_used": len(run.labels)}
+        if args.reward_weight:
+            metrics |= {"charts/reward": sum(rewards) / len(rewards)}
         if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
             metrics |= evaluate(step)
         run.log(

@@ -3,9 +3,9 @@
 
 Each step the student answers a batch of problems itself, the teacher reads those answers, and the student takes one
 optimizer step on the full-vocabulary KL(student || teacher) at every token it sampled. Nothing flows back through the
-sampling. No reward and no label is used. The teacher's final hidden states are cached, not its logits: 8 KB a token for
-an 8B teacher instead of 304 KB. Deviation from the authors' code: the loss is a mean over all tokens of the batch, not
-a mean of micro-batch means.
+sampling. No reward and no label is used; docs/options.md has token weights that may. The teacher's final hidden states
+are cached, not its logits: 8 KB a token for an 8B teacher instead of 304 KB. Deviation from the authors' code: the loss
+is a mean over all tokens of the batch, not a mean of micro-batch means.
 
     python opd.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B
     python opd.py --teacher ckpt/8b_rl --student ckpt/warmup --train-data problems.jsonl --out ckpt/bridge
@@ -126,12 +126,19 @@ class Args:
     """steps in a row that stop_truncated_frac waits for"""
 
     # loss
-    loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled"] = "reverse_kl"
-    """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone"""
+    loss: Literal["reverse_kl", "forward_kl", "jsd", "sampled", "reward_free"] = "reverse_kl"
+    """reverse_kl: KL(student || teacher); sampled: policy gradient on the sampled token's log-ratio alone; reward_free:
+    the same with an advantage of -1 for every token, a control without a teacher"""
     jsd_beta: float = 0.5
     """jsd's weight of the teacher in the mixture: 0 is forward_kl, 1 is reverse_kl"""
     tis_cap: float = 2.0
     """with vllm and `sampled`: truncated importance sampling, as in grpo.py, at most this; 0: off"""
+    tip_fraction: float = 1.0
+    """TIP: train on this fraction of a step's tokens, those of the highest entropy or divergence; 1: on all"""
+    paced: str | None = None
+    """PACED: weight a problem by p(1 - p), p its pass rate in this generations.jsonl of eval_math.py; uses labels"""
+    reward_weight: float = 0.0
+    """W: weight a response by 1 - W + W * reward; needs answers, uses labels; 0: off"""
 
 
 def to_host(cache):
@@ -149,6 +156,8 @@ def main(args: Args) -> None:
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
+    require(0 < args.tip_fraction <= 1, f"--tip-fraction {args.tip_fraction}: must be above 0 and at most 1")
+    require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
     plan.check(
         args,
         lambda: plan.Workload(
@@ -160,7 +169,7 @@ def main(args: Args) -> None:
         ),
     )
     common.choose_sampler(args)
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=False)
+    problems = common.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
     eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
@@ -175,6 +184,7 @@ def main(args: Args) -> None:
         "--train-data",
     )
     eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    problem_weights = common.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     require(
         args.prompts_per_step <= len(problems),
         f"--prompts-per-step {args.prompts_per_step} is more than the "
@@ -209,10 +219,12 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     stream = common.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
+    if args.paced:
+        run.labels.update(p.text for p in problems)  # eval_math.py consulted their answers
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     longest_prompt = max(map(len, prompts + eval_prompts))
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, longest_prompt, **sampling)
-    grader = common.Grader()  # for --eval-data and the samples alone
+    grader = common.Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
     params, teacher_params = common.count_params(model, teacher)
@@ -236,7 +248,7 @@ def main(args: Args) -> None:
             stop.stop(f"step {step}: every response begins with an id that no token has; look at --student's head")
         batch, responses = zip(*answered, strict=True)
         response_ids = [r.ids for r in responses]
-        tokens = sum(map(len, response_ids))  # the loss's one denominator
+        tokens = sum(map(len, response_ids))
         rollout_time = time.time() - step_start
 
         # ---- this rank's rows; teacher and student pass over the same micro-batches
@@ -246,16 +258,43 @@ def main(args: Args) -> None:
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         score_start = time.time()
         cached = []  # per micro-batch (N, Ht) hidden states or (N, V) logits, on the CPU
+        token_stats = {}  # for TIP: of each response the student's entropy and the reverse KL, (2, R)
         common.move(teacher, device)
         for micro_batch in micro_batches:
             prompt_ids, chosen_ids = [teacher_prompts[batch[k]] for k in micro_batch], [response_ids[k] for k in micro_batch]
             with torch.no_grad(), common.autocast(device, dtype):
                 hidden, teacher_head, _ = common.response_hidden(teacher, prompt_ids, chosen_ids)
-                cached.append(to_host(hidden @ teacher_head.T if cache_logits else hidden.to(dtype)))
+                target = hidden @ teacher_head.T if cache_logits else hidden.to(dtype)  # (N, V) or (N, Ht)
+                cached.append(to_host(target))
+                if args.tip_fraction < 1:  # the student reads them too
+                    target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
+                    hidden, head, _ = common.response_hidden(model, [prompts[batch[k]] for k in micro_batch], chosen_ids)
+                    _, stats = fused_linear_divergence(hidden, head, target, temperature=args.temperature)
+                    both = torch.stack([stats.student_entropy, stats.reverse_kl]).double().cpu()  # (2, N)
+                    token_stats |= zip(micro_batch, both.split([len(r) for r in chosen_ids], dim=1), strict=True)
             teacher_head = teacher_head.detach()  # stays here when the teacher leaves
         if device.type == "cuda":
             torch.cuda.synchronize()  # the copies into pinned memory
         common.move(teacher, "cpu" if args.offload_teacher else device)
+
+        # ---- weights of the tokens: all the same unless an option says otherwise (docs/options.md)
+        weights = torch.tensor([problem_weights[i] for i in batch], dtype=torch.float64)  # (B,)
+        if args.reward_weight:
+            rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch])
+            run.labels.update(problems[i].text for i in batch)
+            weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
+        sizes = torch.tensor([len(r) for r in response_ids])
+        weights = weights.repeat_interleave(sizes)  # (tokens,)
+        if args.tip_fraction < 1:
+            # TIP's soft-OR: a token matters where either figure is high, each scaled to 0..1 over the whole batch
+            token_stats = parallel.merge(token_stats)
+            both = torch.cat([token_stats[k] for k in range(len(batch))], dim=1)  # (2, tokens)
+            low, high = both.amin(dim=1, keepdim=True), both.amax(dim=1, keepdim=True)
+            entropy, divergence = (both - low) / (high - low).clamp(min=1e-12)
+            soft_or = 1 - (1 - entropy) * (1 - divergence)
+            weights[soft_or.argsort(descending=True, stable=True)[max(round(args.tip_fraction * tokens), 1) :]] = 0
+        trained, weight_sum = int((weights > 0).sum()), float(weights.sum())  # the sum is the loss's one denominator
+        weights = (weights / (weight_sum or 1)).split(sizes.tolist())  # of each response (R,)
         score_time = time.time() - score_start
 
         # ---- train: one optimizer step, gradients accumulated over micro-batches
@@ -268,20 +307,26 @@ def main(args: Args) -> None:
                 hidden, head, ids = common.response_hidden(model, prompt_ids, chosen_ids)  # (N, H), (V, H), (N,)
                 target = target.to(device, non_blocking=True)  # (N, V) or (N, Ht)
                 target = TeacherLogits(target) if cache_logits else TeacherHead(target, teacher_head)
-                weight = torch.full(ids.shape, 1 / tokens, device=device, dtype=torch.promote_types(dtype, torch.float32))
-                options = {"weight": weight, "jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}
-                if args.loss == "sampled":
+                weight = torch.cat([torch.zeros(0), *(weights[k] for k in micro_batch)])  # (N,)
+                weight = weight.to(device, torch.promote_types(dtype, torch.float32))
+                options = {"jsd_beta": args.jsd_beta, "temperature": args.temperature, "target_ids": ids}
+                if args.loss in ("sampled", "reward_free"):
                     # d/dtheta E_student[log p_student - log p_teacher] by the score function: the log-ratio is a
                     # constant per-token advantage; differentiating through it instead would carry no teacher signal
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
                     new_logprobs, _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
                     advantage = stats.teacher_logprob - stats.student_logprob  # (N,)
+                    if args.loss == "reward_free":
+                        advantage = torch.full_like(advantage, -1)  # the control: the teacher is measured, and has no say
                     if args.tis_cap and args.sampler == "vllm":
                         # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
                         advantage = advantage * (stats.student_logprob - reported).exp().clamp(max=args.tis_cap)
                     loss = -(weight * advantage * new_logprobs).sum()
                 else:
-                    loss, stats = fused_linear_divergence(hidden, head, target, kind=args.loss, **options)  # sum_n w_n D_n
+                    # sum_n w_n D_n
+                    loss, stats = fused_linear_divergence(hidden, head, target, kind=args.loss, weight=weight, **options)
+                    if trained < tokens:  # there the tokens of weight 0 are left out; the metrics are means over all
+                        _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
             diff = (stats.student_logprob - reported).abs()  # (N,)
             diff_max = torch.cat([diff_max[None], diff.float().cpu()]).max()
             values = [
@@ -300,7 +345,8 @@ def main(args: Args) -> None:
             (loss * parallel.world_size()).backward()
         sums, grad_norm = parallel.all_reduce(sums), common.clip_gradients(model, args.max_grad_norm)
         stop.unless_finite(step, policy_loss=sums[0], grad_norm=grad_norm)
-        optimizer.step()
+        if weight_sum:  # else nothing is to be learned, and AdamW's momentum would move the weights nevertheless
+            optimizer.step()
         optimizer.zero_grad()
         train_time = time.time() - train_start
 
@@ -320,6 +366,7 @@ def main(args: Args) -> None:
             "charts/repetition": telemetry.repetition(response_ids),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tokens_per_sec": tokens / step_time,
+            "charts/trained_frac": trained / tokens,
             "losses/policy_loss": policy_loss,
             "losses/reverse_kl": reverse_kl,
             "losses/reverse_kl_early": early,
@@ -342,6 +389,10 @@ def main(args: Args) -> None:
             "time/sync": sync_time,
             "time/step": step_time,
         }
+        if run.labels:
+            metrics |= {"charts/labels_used": len(run.labels)}
+        if args.reward_weight:
+            metrics |= {"charts/reward": sum(rewards) / len(rewards)}
         if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
             metrics |= evaluate(step)
         run.log(
