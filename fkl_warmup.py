@@ -235,7 +235,7 @@ def main(args: Args) -> None:
 
     start = run.resume(model, optimizer, stream)
     if args.paced:
-        run.labels.update(p.text for p in problems)  # eval_math.py consulted their answers
+        run.consult(problems)  # eval_math.py did, for their pass rates
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
     for step in range(start + 1, total_steps + 1):
@@ -248,9 +248,9 @@ def main(args: Args) -> None:
         # ---- weights of the tokens: all the same unless an option says otherwise (docs/options.md)
         weights = torch.tensor([problem_weights[i] for i in rows], dtype=torch.float64)  # (B,)
         if args.reward_weight:
+            run.consult(problems[i] for i in rows)
             texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
             rewards = parallel.on_rank_zero(grader.grade, texts, [problems[i].answer for i in rows])
-            run.labels.update(problems[i].text for i in rows)
             weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
         sizes = torch.tensor([len(r) for r in response_ids])
         weights = weights.repeat_interleave(sizes)  # (tokens,)

@@ -220,7 +220,7 @@ def main(args: Args) -> None:
     stream = common.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
     if args.paced:
-        run.labels.update(p.text for p in problems)  # eval_math.py consulted their answers
+        run.consult(problems)  # eval_math.py did, for their pass rates
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     longest_prompt = max(map(len, prompts + eval_prompts))
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, longest_prompt, **sampling)
@@ -280,8 +280,8 @@ def main(args: Args) -> None:
         # ---- weights of the tokens: all the same unless an option says otherwise (docs/options.md)
         weights = torch.tensor([problem_weights[i] for i in batch], dtype=torch.float64)  # (B,)
         if args.reward_weight:
+            run.consult(problems[i] for i in batch)
             rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch])
-            run.labels.update(problems[i].text for i in batch)
             weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
         sizes = torch.tensor([len(r) for r in response_ids])
         weights = weights.repeat_interleave(sizes)  # (tokens,)

@@ -1,4 +1,4 @@
-# docs/bridge.md
+# docs/report.md
 """What bridge.py reports: accuracy by arm over seeds and problems, what each arm has cost, the paper's comparisons with
 their verdicts, and three plots. Everything is read from the stages' folders, so it can be written again at any time.
 
@@ -117,8 +117,13 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
 
     in_arms, values = rows(arms)
     in_stages, _ = rows({"teacher_base": [], "base": []} | {stage: [stage] for stage in stages})
-    record = {"benchmark": benchmarks[0], "seeds": seeds, "arms": in_arms, "stages": in_stages}
-    record["comparisons"] = compare(values[benchmarks[0]])
+    record = {
+        "benchmark": benchmarks[0],
+        "seeds": seeds,
+        "arms": in_arms,
+        "stages": in_stages,
+        "comparisons": compare(values[benchmarks[0]]),
+    }
     for benchmark in benchmarks[1:]:
         for name, comparison in compare(values[benchmark]).items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison

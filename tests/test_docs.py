@@ -152,8 +152,17 @@ def test_options_table_is_args(script):
     [
         ("docs/eval_math.md", "key", lambda: dict_keys(function("eval_math.py", "main"), "summary")),
         ("docs/common.md", "key of `run.json`", lambda: dict_keys(nodes("common.py"), "self.record")),
-        ("docs/bridge.md", "field", lambda: dict_keys(function("bridge.py", "report"), "record")),
-        ("docs/bridge.md", "field of an arm or stage", lambda: dict_keys(function("bridge.py", "report"), "return")),
+        ("docs/report.md", "field", lambda: dict_keys(function("report.py", "write"), "record")),
+        (
+            "docs/report.md",
+            "field of an arm or stage",
+            lambda: (
+                dict_keys(function("report.py", "measured"), "return")
+                + ["benchmarks"]
+                + dict_keys(function("report.py", "cost"), "total")
+            ),
+        ),
+        ("docs/report.md", "comparison", lambda: dict_keys(nodes("report.py"), "COMPARISONS")),
         ("docs/toy.md", "key", lambda: dict_keys(function("toy.py", "measure"), "return")),
         ("docs/telemetry.md", "key of `samples.jsonl`", lambda: dict_keys(function("samples_page.py", "write"), "row")),
         (
@@ -168,7 +177,7 @@ def test_keys_of_result_files(page, header, keys):
 
 
 def test_bridge_names_its_stages_arms_and_benchmarks():
-    assert documented("docs/bridge.md", "stage") == dict_keys(function("bridge.py", "main"), "stages")
+    assert documented("docs/bridge.md", "stage") == dict_keys(function("bridge.py", "stages_of"), "return")
     assert documented("docs/bridge.md", "arm") == dict_keys(nodes("bridge.py"), "ARMS")
     assert documented("docs/eval_math.md", "benchmark")[:-1] == dict_keys(nodes("eval_math.py"), "HUB")
 
