@@ -529,3 +529,32 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
     bridge.main(real(tmp_path, problems, force=True))
     assert "--force" in fake.preflights[0][0]
     assert all(("--force" in c) == (c[0] in ("opd.py", "fkl_warmup.py")) for c in fake.commands)
+
+
+# -------------------------------------------------------------------------------------------------------------- for real
+@pytest.mark.slow
+def test_killed_again_and_again_the_report_is_that_of_a_run_left_alone(tmp_path):
+    tiny = "--train-size 16 --heldout-size 16 --dev-size 8 --test-size 16 --teacher-steps 20 --student-steps 20"
+    flags = ["--arms", "direct_grpo", "bridge", "replay", "--jobs", "2", "--toy-flags", tiny, "--eval-flags", "--samples 2"]
+    grpo_flags = "--max-steps 4 --prompts-per-step 8 --minibatch-prompts 4 --save-every 1 --eval-every 0"
+    for stage in ("teacher-grpo", "student-grpo", "stage3"):
+        flags += [f"--{stage}-flags={grpo_flags}"]
+    flags += ["--warmup-flags=--max-steps 4 --rollouts-per-step 8 --save-every 1 --eval-every 0"]
+    flags += ["--opd-flags=--max-steps 4 --prompts-per-step 8 --save-every 1 --eval-every 0"]
+
+    def start(out):
+        return subprocess.Popen([sys.executable, ROOT / "bridge.py", "--out", out, *flags], stdout=subprocess.DEVNULL)
+
+    began = time.time()
+    assert start(tmp_path / "alone").wait() == 0
+    rng, kills = random.Random(0), 0
+    longest = (time.time() - began) / 3
+    while (driver := start(tmp_path / "killed")).poll() is None:
+        try:
+            driver.wait(rng.uniform(longest / 4, longest))
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            kills += driver.wait() == -9
+    assert driver.returncode == 0 and kills >= 3
+    reports = [(tmp_path / run / "report.json").read_text() for run in ("alone", "killed")]
+    assert reports[0] == reports[1]
