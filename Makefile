@@ -1,4 +1,5 @@
 # make demo   the whole recipe on the embedded world, into runs/demo/ (about 8 minutes on 2 cores after installation)
+# make study  all arms, three seeds, both embedded worlds; then README's tables and plots from it (about 70 minutes)
 # make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
 # make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
 # make env-vllm   adds vLLM's CPU build where there is no GPU; without it the tests of the vllm sampler are skipped
@@ -11,7 +12,7 @@ WORKERS ?= 2
 PIP_FLAGS ?=
 REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirements-cpu.txt)
 
-.PHONY: env env-vllm demo test lint
+.PHONY: env env-vllm demo study test lint
 env: $(VENV)/installed
 
 $(VENV)/installed: $(REQUIREMENTS) requirements-dev.txt
@@ -30,6 +31,11 @@ endif
 
 demo: env
 	$(VENV)/bin/python bridge.py --out runs/demo
+
+study: env
+	$(VENV)/bin/python bridge.py --arms all --seeds 3 --out runs/arithmetic
+	$(VENV)/bin/python bridge.py --world swaps --arms all --seeds 3 --out runs/swaps
+	$(VENV)/bin/python report.py --runs runs/arithmetic runs/swaps
 
 test: env
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)

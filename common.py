@@ -464,6 +464,21 @@ def evaluate(sampler, tokenizer, prompts, answers, grader, seed: tuple[int, ...]
     return {"eval/accuracy": float(np.mean(rewards)), "eval/response_length": float(np.mean(lengths))}
 
 
+@functools.cache
+def drawn(count: int, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, count): how often each of `count` is drawn in `count` draws with replacement, as a share of them."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples) / count
+
+
+def bootstrap_ci95(values: np.ndarray, resamples: int = 10_000) -> list[float]:
+    """95 % percentile interval of the mean of `values` (S, P), or (P,) for one seed: seeds and problems drawn with
+    replacement, each by itself."""
+    values = np.atleast_2d(values)
+    seeds, problems = (drawn(count, resamples, axis) for axis, count in enumerate(values.shape))  # (R, S), (R, P)
+    means = ((seeds @ values) * problems).sum(1)
+    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
 # ---------------------------------------------------------------------------------------------- run folder
 def make_out(out: str | Path) -> Path:
     """The output folder, made if need be. Raises UsageError where nothing can be written."""

@@ -72,13 +72,6 @@ class Args:
     """seed of sampling"""
 
 
-def bootstrap_ci95(per_problem: np.ndarray, resamples: int = 10_000) -> list[float]:
-    """95 % percentile interval of the mean of `per_problem` (P,), problems resampled with replacement."""
-    rng = np.random.default_rng(0)
-    means = [per_problem[rng.integers(0, len(per_problem), len(per_problem))].mean() for _ in range(resamples)]
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
 def pass_at_k(rewards: np.ndarray, k: int) -> float:
     """Unbiased estimate of P(at least one of k samples is right) from n >= k samples: 1 - C(n - c, k) / C(n, k), averaged
     over problems (Chen et al. 2021, arXiv 2107.03374). rewards (P, n) of 0/1."""
@@ -114,7 +107,7 @@ def compare(folder_a: str, folder_b: str) -> dict[str, dict]:
         difference = np.array([a[name][problem] - b[name][problem] for problem in a[name]])  # (P,)
         report[name] = {
             "difference": float(difference.mean()),
-            "ci95": bootstrap_ci95(difference),
+            "ci95": common.bootstrap_ci95(difference),
             "problems": len(difference),
         }
     return report
@@ -180,7 +173,7 @@ def main(args: Args) -> None:
         powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < args.samples] + [args.samples]
         summary = {
             "accuracy": float(by_problem.mean()),  # avg@samples
-            "ci95": bootstrap_ci95(by_problem.mean(1)),
+            "ci95": common.bootstrap_ci95(by_problem.mean(1)),
             "pass_at_k": {k: pass_at_k(by_problem, k) for k in powers},
             "truncated_frac": float(np.mean([r.truncated for r in responses])),
             "response_length": float(np.mean([len(r.ids) for r in responses])),

@@ -9,7 +9,6 @@ side of 0. With three seeds that is a cautious one: one draw in nine has the sam
     python report.py --runs runs/arithmetic runs/swaps
 """
 
-import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -39,19 +38,6 @@ class Args:
     """output folders of bridge.py; their reports go into README.md, docs/ and benchmarks/results/"""
 
 
-@functools.cache
-def drawn(count: int, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, count): how often each of `count` is drawn in `count` draws with replacement, as a share of them."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples) / count
-
-
-def bootstrap(values: np.ndarray, resamples: int = 10_000) -> list[float]:
-    """95 % percentile interval of the mean of `values` (S, P): seeds and problems drawn with replacement, each by itself."""
-    seeds, problems = (drawn(count, resamples, axis) for axis, count in enumerate(values.shape))  # (R, S), (R, P)
-    means = ((seeds @ values) * problems).sum(1)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
 def verdict(ci95: list[float]) -> str:
     return "holds" if ci95[0] > 0 else "reversed" if ci95[1] < 0 else "not resolved"
 
@@ -71,7 +57,7 @@ def measured(values: np.ndarray) -> dict:
     """Accuracy of one stage or arm: values (S, P)."""
     by_seed = values.mean(1)
     se = float(by_seed.std(ddof=1) / len(by_seed) ** 0.5) if len(by_seed) > 1 else None
-    return {"accuracy": float(values.mean()), "se": se, "ci95": bootstrap(values), "by_seed": by_seed.tolist()}
+    return {"accuracy": float(values.mean()), "se": se, "ci95": common.bootstrap_ci95(values), "by_seed": by_seed.tolist()}
 
 
 def cost(out: Path, seeds: list[int], stages: list[str]) -> dict:
@@ -96,7 +82,7 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
         low, high = name.split(" < ")
         if low in values and high in values:
             difference = values[high] - values[low]
-            ci95 = bootstrap(difference)
+            ci95 = common.bootstrap_ci95(difference)
             found[name] = {"difference": float(difference.mean()), "ci95": ci95, "verdict": verdict(ci95)}
     return found
 

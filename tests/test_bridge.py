@@ -461,13 +461,13 @@ def test_the_bootstrap_draws_seeds_and_problems():
     """Against the variances that two-way resampling has in theory: seeds' + problems' of the mean."""
     rng = np.random.default_rng(0)
     seeds, problems = rng.normal(0, 1, (40, 1)), rng.normal(0, 3, (1, 300))
-    low, high = report.bootstrap(seeds + problems)
+    low, high = common.bootstrap_ci95(seeds + problems)
     expected = 2 * 1.96 * (seeds.var() / 40 + problems.var() / 300) ** 0.5
     assert high - low == pytest.approx(expected, rel=0.05) and low < (seeds + problems).mean() < high
     one = rng.normal(0, 1, (1, 300))
-    low, high = report.bootstrap(one)
+    low, high = common.bootstrap_ci95(one)
     assert high - low == pytest.approx(2 * 1.96 * (one.var() / 300) ** 0.5, rel=0.05), "one seed: problems alone"
-    low, high = report.bootstrap(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
+    low, high = common.bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
     assert (low, high) == pytest.approx((0.1, 0.3)), "three seeds: all three alike in one draw of nine"
 
 

@@ -10,8 +10,8 @@ from conftest import read_jsonl, write_jsonl
 import common
 import eval_math
 import toy
-from common import UsageError
-from eval_math import bootstrap_ci95, pass_at_k
+from common import UsageError, bootstrap_ci95
+from eval_math import pass_at_k
 
 RIGHT = {"p0": 4, "p1": 2, "p2": 0, "p3": 1, "p4": 4, "p5": 3}  # right answers of 4 samples
 
