@@ -644,7 +644,9 @@ class Run:
             "finished": True,
             "wall_time_s": round(time.time() - self.start, 1),
             "labels_used": len(self.labels),
-            **self.spent,
+            "updates": self.spent["updates"],
+            "sampled_tokens": self.spent["sampled_tokens"],
+            "flops": self.spent["flops"],
             **extra,
         }
         self._write_record()
