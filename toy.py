@@ -1,26 +1,40 @@
 # docs/toy.md
-"""A small world in which the whole recipe runs on a CPU: two base models and four sets of problems in a minute.
+"""Two small worlds in which the whole recipe runs on a CPU: two base models and four sets of problems in about two minutes.
 
-Problems are chains of arithmetic modulo 10, left to right: "3+4*2-5?" has the answer 9 (7, then 14 -> 4, then -1 -> 9).
-The base models are pretrained on demonstrations that mix two behaviours:
+The base models are pretrained on demonstrations that mix behaviours, the good one inside but rare: a sparse 0/1 reward can
+find it, a raw teacher passes on the mix.
+
+--world arithmetic, Qwen3 models: chains modulo 10, left to right: "3+4*2-5?" has the answer 9 (7, then 14 -> 4, then
+-1 -> 9). Teacher and student have seen
   - a worked chain, rare (0.3), right unless a step slips (0.05 each; the chain goes on from its wrong value):
         3+4=7,7*2=4,4-5=9,\\boxed{9}<|im_end|>
   - a guess straight away, common (0.7), right 40 % of the time in the demonstrations; the models cannot do the sum
     in their heads, so about 11 % of their own guesses are right:
         \\boxed{4}<|im_end|>
-The good behaviour is inside the base model but rare: a sparse 0/1 reward can find it, a raw teacher passes on the mix.
 A perfect imitator would get 0.3 * 0.81 + 0.7 * 0.11 = 0.32 of the problems right at temperature 1.
-
 Factors are drawn from 2-9: a factor 0 would make 0 the answer of many problems and guessing good, 1 does nothing.
 Answers come out as 0 15 %, 5 10 %, other even digits 11 %, other odd digits 8 % of the time each.
+
+--world swaps, Llama models: five guests sit in a row, pairs of them change seats, who sits in the first seat at the end?
+"43251,23,34,25?" has the answer 3 (42351, then 32451, then 35421). The teacher has seen
+  - a careful list, with stars, rare (0.3), a line slips 5 % of the time, by swapping another pair:
+        *23=42351*34=32451*25=35421\\boxed{3}<|im_end|>
+  - a sloppy list, with dashes, rarer (0.1), a line slips 15 % of the time:
+        -23=42351-34=32451-25=35421\\boxed{3}<|im_end|>
+  - a guess, as above, with one chance in five.
+The student has seen sloppy lists (0.3) and guesses, and never a star: what the teacher does well lies outside of what the
+student would ever sample, and what the student does lies inside of what the teacher knows.
+
 The four sets share no problem; a demonstration shows one of their problems now and then, as any of its kind.
 
 Lengths, end of turn included: n operations take 2n+4 prompt tokens and 6n+4 response tokens as a chain (4 as a guess),
-so at most 16 + 40 at the default 6 operations. Now and then a base model repeats a step and runs a little longer;
---max-response-tokens 64 leaves room for that. The models know no words: run them with --instruction "".
+n swaps 3n+8 and 9n+4: at most 16 + 40 and 26 + 58 at the default 6. Now and then a base model repeats a step and runs a
+little longer; --max-response-tokens 64, for swaps 72, leaves room for that. The models know no words: run them with
+--instruction "".
 
     python toy.py --out runs/toy
-    python toy.py --out runs/toy_llama --arch llama
+    python toy.py --world swaps --out runs/swaps
+    python toy.py --arch llama --out runs/toy_llama
 """
 
 import json
@@ -44,6 +58,7 @@ from common import require
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 ID = {token: i for i, token in enumerate(SYMBOLS + SPECIAL)}  # a digit's id is its value, + - * are 10 11 12
+PAD = ID["<|pad|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
@@ -51,12 +66,20 @@ CHAT_TEMPLATE = (
 )
 
 
+DEFAULTS = {  # of the options that the worlds do not share
+    "arithmetic": dict(arch="qwen3", teacher_steps=300, student_skill=0.8, batch_size=128),
+    "swaps": dict(arch="llama", teacher_steps=240, student_skill=0.75, batch_size=96),
+}
+
+
 @dataclass
 class Args:
+    world: Literal["arithmetic", "swaps"] = "arithmetic"
+    """task family: sums worked in a chain, or guests who change seats"""
     out: str = "runs/toy"
     """folder to write"""
-    arch: Literal["qwen3", "llama"] = "qwen3"
-    """architecture of both models"""
+    arch: Literal["auto", "qwen3", "llama"] = "auto"
+    """architecture of both models; auto is qwen3, for swaps llama"""
     seed: int = 1
     """seed of problems, demonstrations, initial weights and order"""
 
@@ -69,14 +92,18 @@ class Args:
     test_size: int = 512
     """problems for the final figures"""
     min_ops: int = 3
-    """fewest operations in a problem"""
+    """fewest operations (swaps) in a problem"""
     max_ops: int = 6
-    """most operations in a problem"""
+    """most operations (swaps) in a problem"""
 
     chain_prob: float = 0.3
-    """how often a demonstration is a worked chain; else it is a guess"""
+    """how often a demonstration is worked: a chain, for swaps the teacher's careful or the student's sloppy list"""
     step_error: float = 0.05
-    """how often a step of a chain is wrong"""
+    """how often a step of a chain or of a careful list is wrong"""
+    sloppy_prob: float = 0.1
+    """swaps: how often a demonstration for the teacher is a sloppy list"""
+    sloppy_error: float = 0.15
+    """swaps: how often a step of a sloppy list is wrong"""
     guess_right: float = 0.4
     """how often a guess is right"""
 
@@ -84,21 +111,27 @@ class Args:
     """width of the teacher"""
     teacher_layers: int = 3
     """depth of the teacher"""
-    teacher_steps: int = 300
-    """pretraining steps of the teacher"""
+    teacher_steps: int | None = None
+    """pretraining steps of the teacher; none: 300, swaps 240"""
     student_hidden: int = 64
     """width of the student"""
     student_layers: int = 2
     """depth of the student"""
     student_steps: int = 700
     """most pretraining steps of the student"""
-    student_skill: float = 0.8
+    student_skill: float | None = None
     """the student's pretraining stops at this mean probability of the demonstrated results (0.9 is the most, given the
-    slips): steps alone would leave it anywhere between hopeless and as good as the teacher, depending on the seed"""
-    batch_size: int = 128
-    """demonstrations in a step, half of them chains (reweighted: see `pretrain`)"""
+    slips): steps alone would leave it anywhere between hopeless and as good as the teacher, depending on the seed;
+    none: 0.8, swaps 0.75"""
+    batch_size: int | None = None
+    """demonstrations in a step, half of them worked (reweighted: see `behaviours`); none: 128, swaps 96"""
     learning_rate: float = 4e-3
     """peak learning rate"""
+
+    def __post_init__(self):
+        for name, value in DEFAULTS[self.world].items():
+            if getattr(self, name) in (None, "auto"):
+                setattr(self, name, value)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -115,7 +148,8 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return fast
 
 
-def draw_problems(rng, size, args):
+# ------------------------------------------------------------------------------------------------------- arithmetic
+def draw_arithmetic(rng, size, args):
     """first (N,), ops (N, K) in 10..12, digits (N, K), n_ops (N,): the operations at or beyond n_ops are unused."""
     n_ops = rng.integers(args.min_ops, args.max_ops + 1, size)
     first = rng.integers(0, 10, size)
@@ -128,47 +162,105 @@ def apply(op, a, b):
     return np.select([op == ID["+"], op == ID["-"]], [a + b, a - b], a * b) % 10
 
 
-def render(rng, problems, args, chain):
-    """Token rows (N, W) padded on the right: prompt and response, each response a chain or each a guess."""
+def render_arithmetic(rng, problems, args, style):
+    """Columns of prompts and of responses, all "chain" or all "guess", and the answers (N,)."""
     first, ops, digits, n_ops = problems
-    size, pad = len(first), ID["<|pad|>"]
-    column = lambda token: np.full(size, ID[token])  # noqa: E731
-    true, value = [first], first
-    prompt, steps = [column("<|user|>"), first], []
+    true, value = first, first
+    prompt, steps = [first], []
     for k in range(args.max_ops):
         used = k < n_ops
         op, digit = ops[:, k], digits[:, k]
-        slip = rng.random(size) < args.step_error
-        result = (apply(op, value, digit) + slip * rng.integers(1, 10, size)) % 10
-        step = [value, op, digit, column("="), result, column(",")]
-        steps += [np.where(used, t, pad) for t in step]
-        prompt += [np.where(used, op, pad), np.where(used, digit, pad)]
+        slip = rng.random(len(first)) < args.step_error
+        result = (apply(op, value, digit) + slip * rng.integers(1, 10, len(first))) % 10
+        prompt += [np.where(used, t, PAD) for t in (op, digit)]
+        steps += [np.where(used, t, PAD) for t in (value, op, digit, ID["="], result, ID[","])]
         value = np.where(used, result, value)
-        true.append(np.where(used, apply(op, true[-1], digit), true[-1]))
-    prompt += [column("?"), column("<|assistant|>")]
-    if not chain:
+        true = np.where(used, apply(op, true, digit), true)
+    if style == "guess":
+        wrong = rng.random(len(first)) >= args.guess_right
+        steps, value = [], (true + wrong * rng.integers(1, 10, len(first))) % 10
+    return prompt, [*steps, ID["\\boxed{"], value, ID["}"]], true
+
+
+# ------------------------------------------------------------------------------------------------------------ swaps
+GUESTS = 5
+PAIRS = np.array([(a, b) for a in range(1, GUESTS + 1) for b in range(a + 1, GUESTS + 1)])  # (10, 2)
+
+
+def draw_swaps(rng, size, args):
+    """seats (N, 5), pairs (N, K, 2), n_swaps (N,): the pairs at or beyond n_swaps are unused.
+
+    No pair comes twice: a list is written by looking up what follows the last pair, which must be one place."""
+    n_swaps = rng.integers(args.min_ops, args.max_ops + 1, size)
+    seats = rng.permuted(np.tile(np.arange(1, GUESTS + 1), (size, 1)), axis=1)
+    pairs = PAIRS[rng.permuted(np.tile(np.arange(len(PAIRS)), (size, 1)), axis=1)[:, : args.max_ops]]
+    return seats, pairs, n_swaps
+
+
+def swap(seats, pairs, used):
+    """Both guests of a pair (N, 2) change seats (N, 5) where used (N,)."""
+    a, b = pairs[:, :1], pairs[:, 1:]
+    return np.where(used[:, None], np.where(seats == a, b, np.where(seats == b, a, seats)), seats)
+
+
+def render_swaps(rng, problems, args, style):
+    """Columns of prompts and of responses, all "careful", all "sloppy" or all "guess", and the answers (N,)."""
+    seats, pairs, n_swaps = problems
+    true, size = seats, len(seats)
+    mark, error = ("*", args.step_error) if style == "careful" else ("-", args.sloppy_error)
+    prompt, steps = list(seats.T), []
+    for k in range(args.max_ops):
+        used, pair = k < n_swaps, pairs[:, k]
+        slip = rng.random((size, 1)) < error
+        seats = swap(seats, np.where(slip, PAIRS[rng.integers(0, len(PAIRS), size)], pair), used)
+        true = swap(true, pair, used)
+        prompt += [np.where(used, t, PAD) for t in (ID[","], *pair.T)]
+        steps += [np.where(used, t, PAD) for t in (ID[mark], *pair.T, ID["="], *seats.T)]
+    value = seats[:, 0]
+    if style == "guess":
         wrong = rng.random(size) >= args.guess_right
-        steps, value = [], (true[-1] + wrong * rng.integers(1, 10, size)) % 10
-    rows = np.stack([*prompt, *steps, column("\\boxed{"), value, column("}"), column("<|im_end|>")], 1)  # (N, W)
-    order = np.argsort(rows == pad, axis=1, kind="stable")  # unused slots go to the end
-    return np.take_along_axis(rows, order, 1), true[-1]
+        steps, value = [], (true[:, 0] - 1 + wrong * rng.integers(1, GUESTS, size)) % GUESTS + 1
+    return prompt, [*steps, ID["\\boxed{"], value, ID["}"]], true[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------ both worlds
+def draw(rng, size, args):
+    return (draw_swaps if args.world == "swaps" else draw_arithmetic)(rng, size, args)
+
+
+def render(rng, problems, args, style):
+    """Token rows (N, W) padded on the right: prompt and response, all of one style; and the answers (N,)."""
+    columns = render_swaps if args.world == "swaps" else render_arithmetic
+    prompt, response, answers = columns(rng, problems, args, style)
+    columns = [ID["<|user|>"], *prompt, ID["?"], ID["<|assistant|>"], *response, ID["<|im_end|>"]]
+    rows = np.stack([np.broadcast_to(column, answers.shape) for column in columns], 1)  # (N, W)
+    order = np.argsort(rows == PAD, axis=1, kind="stable")  # unused slots go to the end
+    return np.take_along_axis(rows, order, 1), answers
+
+
+def behaviours(args, role):
+    """{style: (share wanted, share drawn)} of a role's demonstrations, the style whose skill is watched first.
+
+    Half of a batch are worked in that style, for that is what takes long to learn. Styles part at the first response
+    token and nowhere else, so weighting that one token's loss by (wanted / drawn) gives back the wanted mix.
+    """
+    p, q = args.chain_prob, args.sloppy_prob
+    if args.world == "swaps" and role == "teacher":
+        return {"careful": (p, 1 / 2), "sloppy": (q, 1 / 4), "guess": (1 - p - q, 1 / 4)}
+    return {"sloppy" if args.world == "swaps" else "chain": (p, 1 / 2), "guess": (1 - p, 1 / 2)}
 
 
 def pretrain(model, args, role, rng):
-    """Next-token loss on the response tokens.
-
-    Half of a batch are chains, for they are what takes long to learn. The two behaviours part at the first response
-    token and nowhere else, so weighting that one token's loss by (wanted / drawn) gives back the demonstrations' mix.
-    """
-    half, steps, start = args.batch_size // 2, getattr(args, f"{role}_steps"), time.time()
+    """Next-token loss on the response tokens."""
+    steps, start = getattr(args, f"{role}_steps"), time.time()
     groups = []
-    for chain in (True, False):
-        rows, _ = render(rng, draw_problems(rng, steps * half, args), args, chain)
-        rows = torch.from_numpy(rows).view(steps, half, -1)  # (steps, B/2, W)
+    for style, (wanted, drawn) in behaviours(args, role).items():
+        size = int(args.batch_size * drawn)
+        rows, _ = render(rng, draw(rng, steps * size, args), args, style)
+        rows = torch.from_numpy(rows).view(steps, size, -1)  # (steps, B, W), B of this style
         in_response = (rows == ID["<|assistant|>"]).cumsum(-1)
-        weight = (in_response[..., :-1] * (rows[..., 1:] != ID["<|pad|>"])).float()  # of predicting rows[..., 1:]
-        mix = args.chain_prob if chain else 1 - args.chain_prob
-        weight[rows[..., :-1] == ID["<|assistant|>"]] = mix / 0.5
+        weight = (in_response[..., :-1] * (rows[..., 1:] != PAD)).float()  # of predicting rows[..., 1:]
+        weight[rows[..., :-1] == ID["<|assistant|>"]] = wanted / drawn
         groups.append((rows, weight))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warmup = max(1, steps // 20)
@@ -177,10 +269,10 @@ def pretrain(model, args, role, rng):
         denominator = sum(weight[step].sum() for _, weight in groups)
         loss = 0.0
         for rows, weight in groups:
-            logits = model(rows[step, :, :-1], use_cache=False).logits  # (B/2, W-1, V); causal, so no mask
+            logits = model(rows[step, :, :-1], use_cache=False).logits  # (B, W-1, V); causal, so no mask
             token_loss = F.cross_entropy(logits.flatten(0, 1), rows[step, :, 1:].flatten(), reduction="none")
             loss = loss + (token_loss * weight[step].flatten()).sum() / denominator
-            if rows is groups[0][0]:  # chains: the probability of each result, seen for the first time
+            if rows is groups[0][0]:  # the probability of what follows each =, seen for the first time
                 results = rows[step, :, :-1].flatten() == ID["="]
                 skill = 0.9 * skill + 0.1 * (-token_loss.detach()[results]).exp().mean().item()
         model.zero_grad()
@@ -242,7 +334,7 @@ def write_problems(args):
 
     sizes = {name: getattr(args, f"{name}_size") for name in ("train", "heldout", "dev", "test")}
     rng = np.random.default_rng(args.seed)
-    rows, answers = render(rng, draw_problems(rng, 2 * sum(sizes.values()), args), args, chain=False)
+    rows, answers = render(rng, draw(rng, 2 * sum(sizes.values()), args), args, "guess")
     texts = ["".join(SYMBOLS[i] for i in row if i < len(SYMBOLS)).split("\\")[0] for row in rows]
     unique = list(dict(zip(texts, answers, strict=True)).items())
     require(
@@ -277,7 +369,10 @@ def build(role, args, dev):
 def main(args: Args):
     start = time.time()
     require(1 <= args.min_ops <= args.max_ops, f"--min-ops {args.min_ops} --max-ops {args.max_ops}: need 1 <= min <= max")
-    require(args.batch_size % 2 == 0, f"--batch-size {args.batch_size}: must be even, half of it are chains")
+    require(args.world != "swaps" or args.max_ops <= len(PAIRS), f"--max-ops {args.max_ops}: there are {len(PAIRS)} pairs")
+    require(
+        args.batch_size % 4 == 0, f"--batch-size {args.batch_size}: must be a multiple of 4, styles are drawn by quarters"
+    )
     for role in ("teacher", "student"):
         hidden = getattr(args, f"{role}_hidden")
         require(hidden % 32 == 0, f"--{role}-hidden {hidden}: must be a multiple of 32, the size of a head")

@@ -18,11 +18,13 @@ TINY = dict(
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """qwen3 as the command makes it; both architectures again in this process (no start-up of two more processes)."""
+    """arithmetic and swaps as the command makes them; both, and arithmetic with Llama models, again in this process (no
+    start-up of two more processes)."""
     root, threads = tmp_path_factory.mktemp("toy"), torch.get_num_threads()
     toy.main(toy.Args(out=str(root / "command"), **TINY))
-    for arch in ("qwen3", "llama"):
-        args = toy.Args(out=str(root / arch), arch=arch, **TINY)
+    toy.main(toy.Args(out=str(root / "swaps_command"), world="swaps", **TINY))
+    for folder, options in {"qwen3": {}, "llama": dict(arch="llama"), "swaps": dict(world="swaps")}.items():
+        args = toy.Args(out=str(root / folder), **options, **TINY)
         dev = toy.write_problems(args)
         for role in ("teacher", "student"):
             toy.build(role, args, dev)
@@ -43,11 +45,30 @@ def solve(problem):
     return str(value)
 
 
-def test_same_command_same_bytes(worlds):
-    names = sorted(p.relative_to(worlds / "qwen3") for p in (worlds / "qwen3").rglob("*") if p.is_file())
+def change_seats(problem):
+    """Every swap in turn, on a dictionary of seats; returns the order after each as a string, the first one included."""
+    order, *pairs = problem.removesuffix("?").split(",")
+    seats, orders = dict(enumerate(order)), [order]
+    for a, b in pairs:
+        seat = {guest: number for number, guest in seats.items()}
+        seats[seat[a]], seats[seat[b]] = b, a
+        orders.append("".join(seats.values()))
+    return orders
+
+
+@pytest.mark.parametrize("folder, command", [("qwen3", "command"), ("swaps", "swaps_command")])
+def test_same_command_same_bytes(worlds, folder, command):
+    names = sorted(p.relative_to(worlds / folder) for p in (worlds / folder).rglob("*") if p.is_file())
     assert len(names) >= 4 + 2 * 5
     for name in names:
-        assert (worlds / "qwen3" / name).read_bytes() == (worlds / "command" / name).read_bytes(), name
+        assert (worlds / folder / name).read_bytes() == (worlds / command / name).read_bytes(), name
+
+
+def test_both_worlds_write_the_same_kind_of_files(worlds):
+    names = [{p.relative_to(worlds / c) for p in (worlds / c).rglob("*")} for c in ("command", "swaps_command")]
+    assert names[0] == names[1]
+    tokenizers = [(worlds / c / "student_base" / "tokenizer.json").read_bytes() for c in ("command", "swaps_command")]
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_report(worlds):
@@ -56,23 +77,29 @@ def test_report(worlds):
     assert 0 <= report["teacher"]["accuracy"] <= 1 and 0 <= report["student"]["chain_frac"] <= 1
 
 
-def test_problems(worlds):
-    splits = {name: rows(worlds / "command" / f"{name}.jsonl") for name in ("train", "heldout", "dev", "test")}
+@pytest.mark.parametrize("command", ["command", "swaps_command"])
+def test_problems(worlds, command):
+    splits = {name: rows(worlds / command / f"{name}.jsonl") for name in ("train", "heldout", "dev", "test")}
     assert {name: len(split) for name, split in splits.items()} == dict(train=24, heldout=12, dev=8, test=16)
     problems = [row["problem"] for split in splits.values() for row in split]
     assert len(set(problems)) == len(problems) == 60
     for row in (row for split in splits.values() for row in split):
-        assert re.fullmatch(r"\d([-+]\d|\*[2-9]){3,6}\?", row["problem"])
-        assert row["answer"] == solve(row["problem"])
-    assert solve("3+4*2-5?") == "9"
+        if command == "command":
+            assert re.fullmatch(r"\d([-+]\d|\*[2-9]){3,6}\?", row["problem"])
+            assert row["answer"] == solve(row["problem"])
+        else:
+            order, *pairs = re.fullmatch(r"([1-5]{5}(,[1-5]{2}){3,6})\?", row["problem"])[1].split(",")
+            assert sorted(order) == list("12345") and all(a < b for a, b in pairs) and len(set(pairs)) == len(pairs)
+            assert row["answer"] == change_seats(row["problem"])[-1][0]
+    assert solve("3+4*2-5?") == "9" and change_seats("43251,23,34,25?")[1:] == ["42351", "32451", "35421"]
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+@pytest.mark.parametrize("folder", ["qwen3", "llama", "swaps"])
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_checkpoint(worlds, arch, role):
-    folder = worlds / arch / f"{role}_base"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert type(model).__name__ == {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[arch]
+def test_checkpoint(worlds, folder, role):
+    path = worlds / folder / f"{role}_base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert type(model).__name__ == ("Qwen3ForCausalLM" if folder == "qwen3" else "LlamaForCausalLM")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.vocab_size == len(tokenizer) == 24
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
@@ -102,7 +129,7 @@ def test_demonstrations():
     """Without slips every chain is the sum worked out; a guess is right as often as asked."""
     args = toy.Args(step_error=0.0)
     tokenizer, rng = toy.make_tokenizer(), toy.np.random.default_rng(3)
-    chains, answers = toy.render(rng, toy.draw_problems(rng, 200, args), args, chain=True)
+    chains, answers = toy.render(rng, toy.draw(rng, 200, args), args, "chain")
     assert chains.shape[1] == 16 + 40
     for text, answer in zip(tokenizer.batch_decode(chains), answers, strict=True):
         problem, response = re.fullmatch(r"<\|user\|>(.*)<\|assistant\|>(.*)<\|im_end\|>(?:<\|pad\|>)*", text).groups()
@@ -110,6 +137,41 @@ def test_demonstrations():
         steps = response.split(",")[:-1]
         assert len(steps) == len(re.findall(r"[-+*]", problem))
         assert all(solve(left) == right for left, right in (step.split("=") for step in steps))
-    guesses, answers = toy.render(rng, toy.draw_problems(rng, 4000, args), args, chain=False)
+    guesses, answers = toy.render(rng, toy.draw(rng, 4000, args), args, "guess")
     boxes = guesses[:, :-1] == toy.ID["\\boxed{"]
     assert abs((guesses[:, 1:][boxes] == answers).mean() - 0.4) < 0.04
+
+
+@pytest.mark.parametrize("style, mark", [("careful", "*"), ("sloppy", "-")])
+def test_swap_demonstrations(style, mark):
+    """Without slips every list is the swaps carried out; with them it says another answer as often as slips imply."""
+    tokenizer, rng = toy.make_tokenizer(), toy.np.random.default_rng(3)
+    args = toy.Args(world="swaps", step_error=0.0, sloppy_error=0.0)
+    lists, answers = toy.render(rng, toy.draw(rng, 200, args), args, style)
+    assert lists.shape[1] == 26 + 58
+    for text, answer in zip(tokenizer.batch_decode(lists), answers, strict=True):
+        problem, response = re.fullmatch(r"<\|user\|>(.*)<\|assistant\|>(.*)<\|im_end\|>(?:<\|pad\|>)*", text).groups()
+        orders, pairs = change_seats(problem), problem[:-1].split(",")[1:]
+        steps = "".join(f"{mark}{pair}={order}" for pair, order in zip(pairs, orders[1:], strict=True))
+        assert response == f"{steps}\\boxed{{{answer}}}" and str(answer) == orders[-1][0]
+
+
+def test_swap_slips_and_guesses():
+    rng, args = toy.np.random.default_rng(3), toy.Args(world="swaps", min_ops=1, max_ops=1)
+
+    def right(style):
+        responses, answers = toy.render(rng, toy.draw(rng, 4000, args), args, style)
+        return (responses[:, 1:][responses[:, :-1] == toy.ID["\\boxed{"]] == answers).mean()
+
+    # a slip swaps a pair drawn from all ten: it leaves the first seat right 3/5 * 3/5 + 4 * 1/10 * 1/10 = 0.4 of the time
+    assert abs(right("careful") - (1 - 0.05 * 0.6)) < 0.02 and abs(right("sloppy") - (1 - 0.15 * 0.6)) < 0.02
+    assert abs(right("guess") - 0.4) < 0.04
+
+
+def test_the_student_never_sees_the_careful_style():
+    args = toy.Args(world="swaps")
+    assert list(toy.behaviours(args, "teacher")) == ["careful", "sloppy", "guess"]
+    assert list(toy.behaviours(args, "student")) == ["sloppy", "guess"]
+    for world, role in ((args, "teacher"), (args, "student"), (toy.Args(), "teacher")):
+        wanted, drawn = zip(*toy.behaviours(world, role).values(), strict=True)
+        assert sum(wanted) == pytest.approx(1) and sum(drawn) == 1
