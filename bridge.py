@@ -70,7 +70,7 @@ class Args:
     """hub id or local folder of the teacher before RL; none: an embedded world of toy.py"""
     student: str | None = None
     """hub id or local folder of the student; same tokenizer as the teacher"""
-    world: Literal["arithmetic"] = "arithmetic"
+    world: Literal["arithmetic", "swaps"] = "arithmetic"
     """which embedded world, without --teacher and --student"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """labeled problems; 80 % are for stages 1 and 2, 20 % are held out for stage 3 (shuffled with seed 42)"""
