@@ -19,10 +19,10 @@ Answers come out as 0 15 %, 5 10 %, other even digits 11 %, other odd digits 8 %
 "43251,23,34,25?" has the answer 3 (42351, then 32451, then 35421). The teacher has seen
   - a careful list, with stars, rare (0.3), a line slips 5 % of the time, by swapping another pair:
         *23=42351*34=32451*25=35421\\boxed{3}<|im_end|>
-  - a sloppy list, with dashes, rarer (0.1), a line slips 15 % of the time:
-        -23=42351-34=32451-25=35421\\boxed{3}<|im_end|>
+  - a hasty list, with dashes, rarer (0.1), that forgets the last swap, and is right if that does not matter (0.6):
+        -23=42351-34=32451\\boxed{3}<|im_end|>
   - a guess, as above, with one chance in five.
-The student has seen sloppy lists (0.3) and guesses, and never a star: what the teacher does well lies outside of what the
+The student has seen hasty lists (0.3) and guesses, and never a star: what the teacher does well lies outside of what the
 student would ever sample, and what the student does lies inside of what the teacher knows.
 
 The four sets share no problem; a demonstration shows one of their problems now and then, as any of its kind.
@@ -64,11 +64,9 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-
 DEFAULTS = {  # of the options that the worlds do not share
-    "arithmetic": dict(arch="qwen3", teacher_steps=300, student_skill=0.8, batch_size=128),
-    "swaps": dict(arch="llama", teacher_steps=240, student_skill=0.75, batch_size=96),
+    "arithmetic": dict(arch="qwen3", teacher_steps=300, batch_size=128),
+    "swaps": dict(arch="llama", teacher_steps=240, batch_size=96),
 }
 
 
@@ -97,13 +95,11 @@ class Args:
     """most operations (swaps) in a problem"""
 
     chain_prob: float = 0.3
-    """how often a demonstration is worked: a chain, for swaps the teacher's careful or the student's sloppy list"""
+    """how often a demonstration is worked: a chain, for swaps the teacher's careful or the student's hasty list"""
     step_error: float = 0.05
-    """how often a step of a chain or of a careful list is wrong"""
-    sloppy_prob: float = 0.1
-    """swaps: how often a demonstration for the teacher is a sloppy list"""
-    sloppy_error: float = 0.15
-    """swaps: how often a step of a sloppy list is wrong"""
+    """how often a step of a chain or list is wrong"""
+    hasty_prob: float = 0.1
+    """swaps: how often a demonstration for the teacher is a hasty list"""
     guess_right: float = 0.4
     """how often a guess is right"""
 
@@ -119,10 +115,9 @@ class Args:
     """depth of the student"""
     student_steps: int = 700
     """most pretraining steps of the student"""
-    student_skill: float | None = None
+    student_skill: float = 0.8
     """the student's pretraining stops at this mean probability of the demonstrated results (0.9 is the most, given the
-    slips): steps alone would leave it anywhere between hopeless and as good as the teacher, depending on the seed;
-    none: 0.8, swaps 0.75"""
+    slips): steps alone would leave it anywhere between hopeless and as good as the teacher, depending on the seed"""
     batch_size: int | None = None
     """demonstrations in a step, half of them worked (reweighted: see `behaviours`); none: 128, swaps 96"""
     learning_rate: float = 4e-3
@@ -204,18 +199,20 @@ def swap(seats, pairs, used):
 
 
 def render_swaps(rng, problems, args, style):
-    """Columns of prompts and of responses, all "careful", all "sloppy" or all "guess", and the answers (N,)."""
+    """Columns of prompts and of responses, all "careful", all "hasty" or all "guess", and the answers (N,).
+
+    A hasty list forgets the last swap. A slip swaps another pair than it says, and the list goes on from there."""
     seats, pairs, n_swaps = problems
     true, size = seats, len(seats)
-    mark, error = ("*", args.step_error) if style == "careful" else ("-", args.sloppy_error)
+    mark, lines = ("*", n_swaps) if style == "careful" else ("-", n_swaps - 1)
     prompt, steps = list(seats.T), []
     for k in range(args.max_ops):
-        used, pair = k < n_swaps, pairs[:, k]
-        slip = rng.random((size, 1)) < error
-        seats = swap(seats, np.where(slip, PAIRS[rng.integers(0, len(PAIRS), size)], pair), used)
+        used, written, pair = k < n_swaps, k < lines, pairs[:, k]
+        slip = rng.random((size, 1)) < args.step_error
+        seats = swap(seats, np.where(slip, PAIRS[rng.integers(0, len(PAIRS), size)], pair), written)
         true = swap(true, pair, used)
         prompt += [np.where(used, t, PAD) for t in (ID[","], *pair.T)]
-        steps += [np.where(used, t, PAD) for t in (ID[mark], *pair.T, ID["="], *seats.T)]
+        steps += [np.where(written, t, PAD) for t in (ID[mark], *pair.T, ID["="], *seats.T)]
     value = seats[:, 0]
     if style == "guess":
         wrong = rng.random(size) >= args.guess_right
@@ -244,10 +241,10 @@ def behaviours(args, role):
     Half of a batch are worked in that style, for that is what takes long to learn. Styles part at the first response
     token and nowhere else, so weighting that one token's loss by (wanted / drawn) gives back the wanted mix.
     """
-    p, q = args.chain_prob, args.sloppy_prob
+    p, q = args.chain_prob, args.hasty_prob
     if args.world == "swaps" and role == "teacher":
-        return {"careful": (p, 1 / 2), "sloppy": (q, 1 / 4), "guess": (1 - p - q, 1 / 4)}
-    return {"sloppy" if args.world == "swaps" else "chain": (p, 1 / 2), "guess": (1 - p, 1 / 2)}
+        return {"careful": (p, 1 / 2), "hasty": (q, 1 / 4), "guess": (1 - p - q, 1 / 4)}
+    return {"hasty" if args.world == "swaps" else "chain": (p, 1 / 2), "guess": (1 - p, 1 / 2)}
 
 
 def pretrain(model, args, role, rng):

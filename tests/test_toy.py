@@ -142,18 +142,22 @@ def test_demonstrations():
     assert abs((guesses[:, 1:][boxes] == answers).mean() - 0.4) < 0.04
 
 
-@pytest.mark.parametrize("style, mark", [("careful", "*"), ("sloppy", "-")])
-def test_swap_demonstrations(style, mark):
-    """Without slips every list is the swaps carried out; with them it says another answer as often as slips imply."""
+@pytest.mark.parametrize("style, mark, forgotten", [("careful", "*", 0), ("hasty", "-", 1)])
+def test_swap_demonstrations(style, mark, forgotten):
+    """Without slips a careful list is the swaps carried out; a hasty one is it without the last, right 60 % of the time."""
     tokenizer, rng = toy.make_tokenizer(), toy.np.random.default_rng(3)
-    args = toy.Args(world="swaps", step_error=0.0, sloppy_error=0.0)
+    args = toy.Args(world="swaps", step_error=0.0)
     lists, answers = toy.render(rng, toy.draw(rng, 200, args), args, style)
     assert lists.shape[1] == 26 + 58
+    right = []
     for text, answer in zip(tokenizer.batch_decode(lists), answers, strict=True):
         problem, response = re.fullmatch(r"<\|user\|>(.*)<\|assistant\|>(.*)<\|im_end\|>(?:<\|pad\|>)*", text).groups()
         orders, pairs = change_seats(problem), problem[:-1].split(",")[1:]
-        steps = "".join(f"{mark}{pair}={order}" for pair, order in zip(pairs, orders[1:], strict=True))
-        assert response == f"{steps}\\boxed{{{answer}}}" and str(answer) == orders[-1][0]
+        written = range(1, len(orders) - forgotten)
+        steps = "".join(f"{mark}{pairs[k - 1]}={orders[k]}" for k in written)
+        assert str(answer) == orders[-1][0] and response == f"{steps}\\boxed{{{orders[written[-1]][0]}}}"
+        right.append(response.endswith(f"{{{answer}}}"))
+    assert sum(right) == 200 if style == "careful" else 100 < sum(right) < 140
 
 
 def test_swap_slips_and_guesses():
@@ -163,15 +167,15 @@ def test_swap_slips_and_guesses():
         responses, answers = toy.render(rng, toy.draw(rng, 4000, args), args, style)
         return (responses[:, 1:][responses[:, :-1] == toy.ID["\\boxed{"]] == answers).mean()
 
-    # a slip swaps a pair drawn from all ten: it leaves the first seat right 3/5 * 3/5 + 4 * 1/10 * 1/10 = 0.4 of the time
-    assert abs(right("careful") - (1 - 0.05 * 0.6)) < 0.02 and abs(right("sloppy") - (1 - 0.15 * 0.6)) < 0.02
+    # a slip swaps a pair drawn from all ten: it leaves the first seat right 0.6 * 0.6 + 4 * 0.1 * 0.1 = 0.4 of the time
+    assert abs(right("careful") - (1 - 0.05 * 0.6)) < 0.02
     assert abs(right("guess") - 0.4) < 0.04
 
 
 def test_the_student_never_sees_the_careful_style():
     args = toy.Args(world="swaps")
-    assert list(toy.behaviours(args, "teacher")) == ["careful", "sloppy", "guess"]
-    assert list(toy.behaviours(args, "student")) == ["sloppy", "guess"]
+    assert list(toy.behaviours(args, "teacher")) == ["careful", "hasty", "guess"]
+    assert list(toy.behaviours(args, "student")) == ["hasty", "guess"]
     for world, role in ((args, "teacher"), (args, "student"), (toy.Args(), "teacher")):
         wanted, drawn = zip(*toy.behaviours(world, role).values(), strict=True)
         assert sum(wanted) == pytest.approx(1) and sum(drawn) == 1
