@@ -59,6 +59,17 @@ WORLDS = {  # settings of the embedded worlds, chosen on their dev splits (docs/
         "opd": "--learning-rate 7e-4 --micro-batch-tokens 2048 --prompts-per-step 64 --eval-every 50 --max-steps 200",
         "eval": "--samples 4 --temperature 1 --top-p 1 --top-k 0",
     },
+    "swaps": {
+        "all": '--instruction "" --max-response-tokens 72',
+        "grpo": "--prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 4096 --eval-every 10",
+        "teacher_grpo": "--learning-rate 2e-4 --max-steps 60",
+        "student_grpo": "--learning-rate 2e-4 --max-steps 60",
+        "stage3": "--learning-rate 1e-4 --max-steps 40",
+        "warmup": "--learning-rate 7e-4 --micro-batch-tokens 4096 --rollouts-per-prompt 4 --rollouts-per-step 64 "
+        "--eval-every 20 --max-steps 100",
+        "opd": "--learning-rate 7e-4 --micro-batch-tokens 4096 --prompts-per-step 64 --eval-every 50 --max-steps 200",
+        "eval": "--samples 4 --temperature 1 --top-p 1 --top-k 0",
+    },
 }
 
 
