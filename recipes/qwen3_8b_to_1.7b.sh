@@ -22,16 +22,20 @@ $launch grpo.py --model $teacher --train-data $train --grader $grader --out $out
 # ---- direct_grpo: the same labels spent on the student. MATH 75.9 +- 0.9, AIME 2024 19.8 +- 1.4
 $launch grpo.py --model $student --train-data $train --grader $grader --out $out/direct_grpo $stage
 
-# ---- bridge: the RL teacher through warmup and OPD. MATH 79.3, AIME 2024 25.2. The warmup alone is no_opd: 3.3 below
-$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_opd $stage
-$launch opd.py --teacher $out/teacher_rl --student $out/no_opd --train-data $train --out $out/bridge $stage
+# ---- bridge: the RL teacher through warmup and OPD. MATH 79.3, AIME 2024 25.2.
+$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/bridge_warmup $stage
+$launch opd.py --teacher $out/teacher_rl --student $out/bridge_warmup --train-data $train --out $out/bridge $stage
+
+# ---- no_opd: the warmup's loss for as many updates as warmup and OPD make together. MATH 3.3 below the bridge
+$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_opd $stage \
+    --rollouts-per-prompt 16
 
 # ---- raw_teacher: a teacher that saw no reward through the same bridge. MATH 7.8 below the bridge
 $launch fkl_warmup.py --teacher $teacher --student $student --train-data $train --out $out/raw_teacher_warmup $stage
 $launch opd.py --teacher $teacher --student $out/raw_teacher_warmup --train-data $train --out $out/raw_teacher $stage
 
-# ---- no_warmup: OPD from the student as it came. MATH 1.7 below the bridge
-$launch opd.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_warmup $stage
+# ---- no_warmup: OPD from the student as it came, as many updates. MATH 1.7 below the bridge
+$launch opd.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_warmup $stage --epochs 16
 
 # ---- bridge_grpo: the held-out labels, spent on the bridged student. MATH 3.1 above what it starts from (75.4 -> 78.5)
 $launch grpo.py --model $out/bridge --train-data $heldout --grader $grader --out $out/bridge_grpo $stage

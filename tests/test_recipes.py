@@ -100,6 +100,7 @@ def activation_bytes(args, sizes, *shape, count=plan.activation_bytes, known={})
     return known[key] if key in known else known.setdefault(key, count(args, sizes, *shape))
 
 
+@pytest.mark.slow
 def test_every_stage_fits_the_hardware_beside_it(recipe, commands, monkeypatch, tmp_path):
     """Each command is run up to its own check of the plan, with configs written out for the hub ids."""
     hardware, expected, *_ = documented(recipe)
