@@ -202,7 +202,12 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
         "reward_free": (
             bridge,
-            lambda: opd("reward_free", teacher, student, f"--loss reward_free {updates('bridge_warmup', 'bridge')}"),
+            lambda: opd(
+                "reward_free",
+                teacher,
+                student,
+                f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}",
+            ),
         ),
     }
 
