@@ -1,8 +1,9 @@
 # docs/samplers.md
 """The vllm sampler: an engine in the trainer's own process and on its GPU, behind the contract of samplers.py.
 
-The engine holds a copy of the weights. `update_weights` writes the trainer's into it, and proves it: the log-probabilities
-that the engine then gives a fixed probe must be the trainer's (the canary), or the run stops."""
+The engine holds a copy of the weights. `update_weights` writes the trainer's into it, and every rollout proves it: a fixed
+probe is sampled among its prompts, and the log-probabilities that the engine gives it must be the trainer's (the canary), or
+the run stops before a response is handed out."""
 
 import os
 
@@ -18,7 +19,9 @@ import parallel  # noqa: E402
 from common import RunStopped  # noqa: E402
 from samplers import Response, Sampler, autocast, eos_token_ids, make_response  # noqa: E402
 
-PROBE_PROMPT, PROBE_RESPONSE = 160, 16  # tokens; a prompt shorter than a cache block (128 on a CPU) misses a stale prefix
+PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
+PROBE_ROOM = 176  # tokens that fit into the engine whatever the run's own lengths are; blocks have 16 on most GPUs
+CPU_BLOCK = 32  # tokens; vLLM's own choice for a CPU, 128, makes the probe longer and samples no faster
 CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # mean |difference|; a 135 M model has 1e-5 and 0.05
 CPU_CACHE_BYTES = 512 << 20  # on a GPU it is what --vllm-gpu-memory-utilization leaves
 
@@ -30,9 +33,11 @@ class CanaryError(RunStopped):
 class VLLMSampler(Sampler):
     """Samples from a vLLM engine. `dtype` is bfloat16 or float32.
 
-    With a `model` the engine starts from its weights, and `update_weights` syncs and checks. Without one it reads the
-    checkpoint `path` itself, and nothing is left to compare it with. Under torchrun every rank builds one, behind
-    init_process_group; `tp` consecutive ranks share the weights and answer together."""
+    With a `model` the engine starts from its weights, and every rollout checks that it has those of the last
+    `update_weights`. Without one it reads the checkpoint `path` itself, and nothing is left to compare it with.
+
+    Under torchrun every rank builds one, behind init_process_group; `tp` consecutive ranks share the weights and answer
+    together."""
 
     def __init__(
         self,
@@ -55,19 +60,18 @@ class VLLMSampler(Sampler):
         self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, len(tokenizer)
         self.ranks_per_engine = tp if torchrun else 1
         self.canary_tolerance = CANARY_TOLERANCE[dtype] if canary_tolerance is None else canary_tolerance
-        self.canary_logprob_diff, self.syncs = 0.0, 0
-        words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-        self.probe = np.random.default_rng(0).choice(words, PROBE_PROMPT).tolist()
+        self.model, self.canary_logprob_diff, self.syncs = None, 0.0, 0
         self.llm = LLM(
             path,
             dtype=str(dtype).removeprefix("torch."),
             load_format="auto" if model is None else "dummy",
-            max_model_len=max(longest_prompt + max_response_tokens, PROBE_PROMPT + PROBE_RESPONSE),
+            max_model_len=max(longest_prompt + max_response_tokens, PROBE_ROOM),
             skip_tokenizer_init=True,  # ids in, ids out
             logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p: those it was drawn with
             tensor_parallel_size=tp,
             distributed_executor_backend="external_launcher" if torchrun else None,
             enforce_eager=not on_gpu,
+            block_size=None if on_gpu else CPU_BLOCK,
             enable_sleep_mode=sleep and on_gpu,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
@@ -83,6 +87,12 @@ class VLLMSampler(Sampler):
             ignore_eos=True,  # the ids above are all there are, as for the hf sampler
             detokenize=False,
         )
+        words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        block = self.llm.llm_engine.vllm_config.cache_config.block_size
+        self.probe = np.random.default_rng(0).choice(words, block + 1).tolist()
+        self.probe_params = SamplingParams(
+            max_tokens=PROBE_RESPONSE, logprobs=0, flat_logprobs=True, ignore_eos=True, seed=0, detokenize=False
+        )
         if model is not None:
             self.update_weights(model)
 
@@ -94,7 +104,7 @@ class VLLMSampler(Sampler):
 
     @torch.no_grad()
     def update_weights(self, model) -> None:
-        """Sample from the weights of `model` from now on. Raises CanaryError if the engine does not.
+        """Sample from the weights of `model` from now on; `sample` raises CanaryError if the engine does not.
 
         Collective under torchrun: sharded parameters (DTensor) are gathered one by one, on every rank."""
         if self.asleep:
@@ -108,40 +118,43 @@ class VLLMSampler(Sampler):
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
-        if self.canary_tolerance:
-            self.canary(model)
+        self.model = model
         self.syncs += 1
 
-    @torch.no_grad()
-    def canary(self, model) -> None:
-        """Let the engine continue a fixed prompt, cache and all, and score what it says with `model`."""
-        params = SamplingParams(
-            max_tokens=PROBE_RESPONSE, logprobs=0, flat_logprobs=True, ignore_eos=True, seed=0, detokenize=False
-        )
-        [[probe]] = self._generate([self.probe], [params])
-        ids = torch.tensor([self.probe + list(probe.token_ids)], device=model.device)  # (1, T)
-        with autocast(model.device, self.dtype):
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=PROBE_RESPONSE + 1).logits[0, :-1]  # (R, V)
-        logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, PROBE_PROMPT:, None])[:, 0]  # (R,)
-        parallel.reshard(model)
-        diff = (logprobs.cpu() - torch.tensor(probe.logprobs.logprobs)).abs()  # (R,)
-        self.canary_logprob_diff = float(parallel.all_reduce(diff.mean(), largest=True))  # ranks stop together
-        if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
-            when = f"after step {self.syncs} of this run" if self.syncs else "before the first step"
-            raise CanaryError(
-                f"weight sync {self.syncs} ({when}) failed: vLLM's log-probabilities of a fixed probe differ from the "
-                f"trainer's by {self.canary_logprob_diff:.2g} in the mean (at most {float(diff.max()):.2g}), above "
-                f"--canary-tolerance {self.canary_tolerance}. It samples from other weights than those that train; see "
-                f"docs/samplers.md"
-            )
-
     def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
-        outputs = self._generate(prompts, [self._params(n, seed) for seed in seeds], progress)
+        prompts, params = list(prompts), [self._params(n, seed) for seed in seeds]
+        checked = self.model is not None and self.canary_tolerance > 0
+        if checked:  # among the prompts the probe costs next to nothing; alone it would cost an engine step a token
+            prompts, params = [self.probe, *prompts], [self.probe_params, *params]
+        outputs = self._generate(prompts, params, progress)
+        if checked:
+            [probe] = outputs.pop(0)
+            self.canary(list(probe.token_ids), probe.logprobs.logprobs)
         return [
             make_response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length", self.tokenizer_size)
             for output in outputs
             for o in output
         ]
+
+    @torch.no_grad()
+    def canary(self, response: list[int], sampler_logprobs: list[float]) -> None:
+        """Score with the trainer's model what the engine said behind the probe. Raises CanaryError if they disagree."""
+        ids = torch.tensor([self.probe + response], device=self.model.device)  # (1, T)
+        with autocast(self.model.device, self.dtype):
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]  # (R, V)
+        logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, len(self.probe) :, None])[:, 0]  # (R,)
+        parallel.reshard(self.model)
+        diff = (logprobs.cpu() - torch.tensor(sampler_logprobs)).abs()  # (R,)
+        self.canary_logprob_diff = float(parallel.all_reduce(diff.mean(), largest=True))  # ranks stop together
+        if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
+            sync = self.syncs - 1  # the first is that of the initial weights
+            when = f"after step {sync} of this run" if sync else "before the first step"
+            raise CanaryError(
+                f"weight sync {sync} ({when}) failed: vLLM's log-probabilities of a fixed probe differ from the "
+                f"trainer's by {self.canary_logprob_diff:.2g} in the mean (at most {float(diff.max()):.2g}), above "
+                f"--canary-tolerance {self.canary_tolerance}. It samples from other weights than those that train; see "
+                f"docs/samplers.md"
+            )
 
     def _params(self, n: int, seed: tuple[int, ...]):
         params = self.params.clone()
@@ -157,7 +170,7 @@ class VLLMSampler(Sampler):
             for output in self.llm.llm_engine.step():
                 if output.finished:
                     finished.append(output)
-                    if progress is not None:
+                    if progress is not None and output.prompt_token_ids != self.probe:
                         progress.update(len(output.outputs))
         finished.sort(key=lambda output: int(output.request_id))
         return [sorted(output.outputs, key=lambda o: o.index) for output in finished]

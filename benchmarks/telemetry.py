@@ -1,5 +1,5 @@
 # docs/benchmarks.md
-"""What the telemetry of a training script costs, as a share of a step.
+"""What the telemetry of a training script and the canary of its vllm sampler cost, as a share of a step.
 
 Runs the script's own main. Two measures: the seconds spent inside each telemetry function over the seconds of all steps,
 and the median step with telemetry against the median step without, the two taking turns step by step within one run. A
@@ -7,7 +7,13 @@ step is what lies between two calls at the end of the loop, so writing samples i
 fall into steps with and without in turn). The first 4 steps are warm-up. Without a GPU the seconds are the process's CPU
 seconds, less disturbed by what else the machine is doing.
 
+With --sampler vllm the canary counts as telemetry. Its forward pass is timed as it is. What its probe costs among the
+prompts of a rollout is the difference of two such rollouts, with the probe and without: in steps of a third kind, which
+are not among the median steps, the same prompts are sampled three times either way, and the fastest of each are
+compared. Both figures are medians over the steps.
+
     python benchmarks/telemetry.py opd.py --teacher A --student B --train-data C --sample-every 19 --max-steps 200
+    python benchmarks/telemetry.py opd.py --teacher A --student B --train-data C --sampler vllm --max-steps 64
 """
 
 import importlib
@@ -27,6 +33,7 @@ import samples_page  # noqa: E402
 import telemetry  # noqa: E402
 
 WARMUP = 4  # steps
+PROBE, FORWARD = "canary: probe", "canary: forward"
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 IDLE = {  # what each telemetry function is in a step without telemetry
     "repetition": lambda *_: 0.0,
@@ -41,18 +48,19 @@ def main(script: str, words: list[str]) -> None:
     module = importlib.import_module(Path(script).stem)
     args = tyro.cli(module.Args, args=words)
     sys.argv = [str(ROOT / script), *words]
-    inside, steps = defaultdict(float), {True: [], False: []}  # seconds by function in steps with telemetry; steps by on
-    state = {"on": True, "last": None, "spent": defaultdict(float), "count": 0}
+    kinds = ["with", "without", "probe"][: 3 if args.sampler == "vllm" else 2]
+    inside, steps = defaultdict(list), defaultdict(list)  # seconds by function in each step with telemetry; of steps by kind
+    state = {"kind": "with", "last": None, "spent": defaultdict(float), "count": 0}
 
-    def timed(owner, name):
+    def timed(owner, name, label=None):
         original = getattr(owner, name)
 
         def call(*a, **kw):
-            if not state["on"]:
+            if state["kind"] == "without":
                 return IDLE[name](*a, **kw)
             start = clock()
             result = original(*a, **kw)
-            state["spent"][name] += clock() - start
+            state["spent"][label or name] += clock() - start
             return result
 
         setattr(owner, name, call)
@@ -61,6 +69,9 @@ def main(script: str, words: list[str]) -> None:
         timed(telemetry, name)
     for name in ("keep", "write"):
         timed(samples_page.Samples, name)
+    if args.sampler == "vllm":
+        time_probe(state)
+        timed(sys.modules["sampler_vllm"].VLLMSampler, "canary", FORWARD)
 
     if_truncated = module.common.StopRules.if_truncated  # the last thing a step does
 
@@ -69,20 +80,57 @@ def main(script: str, words: list[str]) -> None:
         now = clock()
         state["count"] += 1
         if state["count"] > WARMUP:
-            steps[state["on"]].append(now - state["last"])
+            steps[state["kind"]].append(now - state["last"])
             for name, seconds in state["spent"].items():
-                inside[name] += seconds
-        state["on"], state["spent"], state["last"] = not state["on"], defaultdict(float), clock()
+                if state["kind"] == "with" or name == PROBE:
+                    inside[name].append(seconds)
+        state.update(kind=kinds[state["count"] % len(kinds)], spent=defaultdict(float), last=clock())
 
     module.common.StopRules.if_truncated = end_of_step
     module.main(args)
-    total = sum(steps[True])
-    print(f"{script}: {len(steps[True])} steps with telemetry, {len(steps[False])} without")
-    for name, seconds in sorted(inside.items(), key=lambda item: -item[1]):
-        print(f"  {name:14} {100 * seconds / total:6.2f} % of a step   {1000 * seconds / len(steps[True]):8.3f} ms")
-    print(f"  together       {100 * sum(inside.values()) / total:6.2f} % of a step")
-    on, off = (statistics.median(steps[which]) for which in (True, False))
-    print(f"  median step    {on:.4f} s with, {off:.4f} s without: {100 * (on / off - 1):+.1f} %")
+    total, count = sum(steps["with"]), len(steps["with"])
+    on, off = (statistics.median(steps[kind]) for kind in ("with", "without"))
+    mean = {name: sum(seconds) / count for name, seconds in inside.items()}  # not every step writes samples
+    share = {name: seconds * count / total for name, seconds in mean.items()}
+    for name in {PROBE, FORWARD} & set(inside):
+        mean[name] = statistics.median(inside[name])
+        share[name] = mean[name] / on
+    print(f"{script}: {count} steps with telemetry, {len(steps['without'])} without")
+    for name in sorted(share, key=share.get, reverse=True):
+        print(f"  {name:15} {100 * share[name]:6.2f} % of a step   {1000 * mean[name]:8.3f} ms")
+    print(f"  together        {100 * sum(share.values()):6.2f} % of a step")
+    print(f"  median step     {on:.4f} s with, {off:.4f} s without: {100 * (on / off - 1):+.1f} %")
+    if PROBE in inside:
+        low, _, high = statistics.quantiles(inside[PROBE], n=4)
+        print(f"  {PROBE}: quartiles {1000 * low:.1f} and {1000 * high:.1f} ms over {len(inside[PROBE])} steps")
+
+
+def time_probe(state) -> None:
+    """In steps of kind "without" no rollout has the canary's probe; in those of kind "probe" it is timed."""
+    from sampler_vllm import VLLMSampler
+
+    sample, generate = VLLMSampler._sample, VLLMSampler._generate
+
+    def sample_with_or_without(self, *a):
+        tolerance = self.canary_tolerance
+        self.canary_tolerance = 0 if state["kind"] == "without" else tolerance
+        responses = sample(self, *a)
+        self.canary_tolerance = tolerance
+        return responses
+
+    def generate_again(self, prompts, params, progress=None):
+        if state["kind"] != "probe" or prompts[0] is not self.probe:
+            return generate(self, prompts, params, progress)
+        seconds, outputs = {0: [], 1: []}, {}
+        for leave_out in (0, 1, 1, 0, 0, 1):
+            self.llm.reset_prefix_cache()
+            start = clock()
+            outputs[leave_out] = generate(self, prompts[leave_out:], params[leave_out:])
+            seconds[leave_out].append(clock() - start)
+        state["spent"][PROBE] += min(seconds[0]) - min(seconds[1])
+        return outputs[0]
+
+    VLLMSampler._sample, VLLMSampler._generate = sample_with_or_without, generate_again
 
 
 if __name__ == "__main__":

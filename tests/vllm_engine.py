@@ -72,6 +72,11 @@ def refusal(action, *args) -> str | None:
         return str(error)
 
 
+def sync_and_sample(sampler, model):
+    sampler.update_weights(model)
+    sampler.sample(PROMPTS, 1)
+
+
 def greedy(sampler, prompts=PROMPTS):
     params, sampler.params = sampler.params, sampler.params.clone()
     sampler.params.temperature = 0
@@ -83,29 +88,31 @@ def greedy(sampler, prompts=PROMPTS):
 def check_model(arch, tied) -> dict:
     model, folder = checkpoint(arch=arch, tied=tied)
     sampler = make(model, folder)
-    measured = {"canary_start": sampler.canary_logprob_diff, "greedy_before": [r.ids for r in greedy(sampler)]}
+    measured = {"greedy_before": [r.ids for r in greedy(sampler)], "canary_start": sampler.canary_logprob_diff}
     perturb(model, 1)
-    measured["skipped_sync"] = refusal(sampler.canary, model)
+    rpc, sampler.llm.collective_rpc = sampler.llm.collective_rpc, lambda *a, **kw: None
+    measured["skipped_sync"] = refusal(sync_and_sample, sampler, model)
+    sampler.llm.collective_rpc = rpc
     sampler.update_weights(model)
-    measured["canary_synced"] = sampler.canary_logprob_diff
     measured["greedy"] = [r.ids for r in greedy(sampler)]
+    measured["canary_synced"] = sampler.canary_logprob_diff
     measured["greedy_hf"] = [r.ids for r in hf(model, temperature=0).sample(PROMPTS, 1)]
     measured["diff"] = logprob_diff(model, sampler.sample(PROMPTS, 8), 8)
     measured["diff_greedy"] = logprob_diff(model, greedy(sampler), 1)
 
     perturb(model, 2)
     reset, sampler.llm.reset_prefix_cache = sampler.llm.reset_prefix_cache, lambda: None
-    measured["stale_prefix_cache"] = refusal(sampler.update_weights, model)
+    measured["stale_prefix_cache"] = refusal(sync_and_sample, sampler, model)
     sampler.llm.reset_prefix_cache = reset
     if tied:
         perturb(model, 3)
         repack, sampler_vllm.repack_head = sampler_vllm.repack_head, lambda model: None
-        measured["stale_head"] = refusal(sampler.update_weights, model)
+        measured["stale_head"] = refusal(sync_and_sample, sampler, model)
         sampler_vllm.repack_head = repack
     sampler.canary_tolerance = 0.0
     perturb(model, 4)
-    sampler.llm.collective_rpc, rpc = (lambda *a, **kw: None), sampler.llm.collective_rpc
-    measured["tolerance_0"] = refusal(sampler.update_weights, model)
+    sampler.llm.collective_rpc = lambda *a, **kw: None
+    measured["tolerance_0"] = refusal(sync_and_sample, sampler, model)
     sampler.llm.collective_rpc = rpc
     return measured
 
@@ -134,7 +141,7 @@ def check_sampling() -> dict:
 
     sampler.sleep()
     perturb(model, 1)
-    sampler.update_weights(model)
+    sync_and_sample(sampler, model)
     measured["canary_behind_sleep"] = sampler.canary_logprob_diff
 
     for name, options in {
@@ -154,6 +161,7 @@ def check_sampling() -> dict:
     measured["ends"] = sorted({r.ids[-1] for r in reads.sample(PROMPTS, 16) if not r.truncated})
 
     bf16 = make(model, folder, torch.bfloat16)
+    bf16.sample(PROMPTS, 1)
     measured["bfloat16_canary"] = bf16.canary_logprob_diff
 
     padded, folder = checkpoint(vocab_size=64, seed=5)
@@ -173,7 +181,7 @@ def check_sampling() -> dict:
     perturb(sharded, 1)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))  # vLLM has made a process group of one
     measured["sharded_type"] = type(next(sharded.parameters())).__name__
-    sampler.update_weights(sharded)
+    sync_and_sample(sampler, sharded)
     measured["sharded_canary"] = sampler.canary_logprob_diff
     return measured
 
@@ -193,8 +201,8 @@ def check_ranks(tp: int) -> dict:
     expected = [r.ids for r in hf(model, temperature=0).sample(PROMPTS, 1)]
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     sampler = make(model, folder, tp=tp)
-    measured = {"canary": sampler.canary_logprob_diff, "equal": [r.ids for r in greedy(sampler)] == expected}
-    sampler.update_weights(model)
+    measured = {"equal": [r.ids for r in greedy(sampler)] == expected, "canary": sampler.canary_logprob_diff}
+    sync_and_sample(sampler, model)
     measured["canary_again"] = sampler.canary_logprob_diff
     every = [None, None]
     dist.all_gather_object(every, measured)
