@@ -717,12 +717,9 @@ class StopRules:
                 f"--max-response-tokens, check the EOS ids with --preflight-only, or set --stop-truncated-frac 0"
             )
 
-    def sync(self, sampler) -> None:
-        """Give the sampler the new weights; stop if its canary finds that it does not sample from them."""
-        try:
-            sampler.update_weights(self.saved[0])
-        except RunStopped as error:
-            self.stop(str(error))
+    def watch(self, sampler) -> None:
+        """Stop when the sampler's canary finds, within a rollout, that it does not sample from the trainer's weights."""
+        sampler.on_stale = self.stop
 
     def stop(self, reason: str) -> None:
         save_model(*self.saved)

@@ -216,6 +216,7 @@ def main(args: Args) -> None:
     if saved is None:
         longest = max(map(len, teacher_prompts))
         sampler = common.make_sampler(args, teacher, args.teacher, teacher_tokenizer, dtype, longest, **sampling)
+        stop.watch(sampler)
         saved = teacher_rollouts(args, run, sampler, teacher_tokenizer, problems, teacher_prompts)
         sampler.sleep()
     saved = [row for row in saved if row["response_ids"]]  # none is left of one whose first id no token has

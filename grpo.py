@@ -201,6 +201,7 @@ def main(args: Args) -> None:
     grader = common.Grader(args.grader)
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
+    stop.watch(sampler)
     G, [params] = args.group_size, common.count_params(model)
 
     def evaluate(step):
@@ -335,7 +336,7 @@ def main(args: Args) -> None:
         train_time = time.time() - train_start
 
         sync_start = time.time()
-        stop.sync(sampler)
+        sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log

@@ -227,6 +227,7 @@ def main(args: Args) -> None:
     grader = common.Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = common.StopRules(args, run, model, tokenizer, dtype)
+    stop.watch(sampler)
     params, teacher_params = common.count_params(model, teacher)
 
     def evaluate(step):
@@ -351,7 +352,7 @@ def main(args: Args) -> None:
         train_time = time.time() - train_start
 
         sync_start = time.time()
-        stop.sync(sampler)
+        sampler.update_weights(model)
         sync_time, step_time = time.time() - sync_start, time.time() - step_start
 
         # ---- log

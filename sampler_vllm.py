@@ -149,12 +149,16 @@ class VLLMSampler(Sampler):
         if not self.canary_logprob_diff <= self.canary_tolerance:  # nan fails too
             sync = self.syncs - 1  # the first is that of the initial weights
             when = f"after step {sync} of this run" if sync else "before the first step"
-            raise CanaryError(
+            self.on_stale(
                 f"weight sync {sync} ({when}) failed: vLLM's log-probabilities of a fixed probe differ from the "
                 f"trainer's by {self.canary_logprob_diff:.2g} in the mean (at most {float(diff.max()):.2g}), above "
                 f"--canary-tolerance {self.canary_tolerance}. It samples from other weights than those that train; see "
                 f"docs/samplers.md"
             )
+
+    def on_stale(self, reason: str) -> None:
+        """What a failed canary calls. A script puts its stop rule here, which saves the trainer's weights first."""
+        raise CanaryError(reason)
 
     def _params(self, n: int, seed: tuple[int, ...]):
         params = self.params.clone()

@@ -216,7 +216,9 @@ def test_a_run_whose_sync_is_skipped_stops_and_says_where(tiny, tmp_path):
     words = patched(tmp_path, command("opd", tiny, tmp_path / "run"), SYNC_ONCE)
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=ENV | PYTHONPATH)
     assert done.returncode != 0 and "weight sync 1 (after step 1 of this run) failed" in done.stderr
-    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert not record["finished"] and "weight sync 1 (after step 1 of this run) failed" in record["stopped"]
+    assert (tmp_path / "run" / "model.safetensors").exists(), "the trainer's weights are saved first"
 
 
 # ----------------------------------------------------------------------------------------------------------- shutdown
