@@ -125,7 +125,7 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
 def markdown(record: dict) -> str:
     """The tables of arms and comparisons. record: report.json"""
     seeds = f"± standard error over {len(record['seeds'])} seeds" if len(record["seeds"]) > 1 else "one seed"
-    lines = [f"| arm | accuracy, {seeds} | 95 % interval | labels | RL / dense updates | sampled tokens | PFLOP |"]
+    lines = [f"| arm | accuracy, {seeds} | 95 % interval | labels | RL / dense updates | sampled tokens | FLOPs |"]
     lines.append("|---|---|---|---|---|---|---|")
     teachers = {name: row for name, row in record["stages"].items() if name in ("teacher_base", "teacher_rl")}
     for name, row in (teachers | record["arms"]).items():
@@ -133,7 +133,7 @@ def markdown(record: dict) -> str:
         low, high = row["ci95"]
         cells = [name, f"{row['accuracy']:.3f}{spread}", f"{low:.3f} to {high:.3f}", str(row["labels_used"])]
         cells += [f"{row['rl_updates']} / {row['dense_updates']}", f"{row['sampled_tokens'] / 1e6:.2f} M"]
-        lines.append(f"| {' | '.join(cells)} | {row['flops'] / 1e15:.3g} |")
+        lines.append(f"| {' | '.join(cells)} | {row['flops']:.1e} |")
     if record["comparisons"]:
         lines += ["", "| comparison | difference | 95 % interval | verdict |", "|---|---|---|---|"]
     for name, row in record["comparisons"].items():
@@ -169,10 +169,15 @@ def plot(out: Path, record: dict) -> None:
     accuracy = np.array([row["accuracy"] for row in record["arms"].values()])
     ends = np.array([row["ci95"] for row in record["arms"].values()]).T
     middle.errorbar(used, accuracy, yerr=abs(ends - accuracy), fmt="o", capsize=3)
-    for name, x, y in zip(record["arms"], used, accuracy, strict=True):
-        middle.annotate(name, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    for labels in set(used):  # names beside their points, at least a line apart
+        place = -1.0
+        for name, row in sorted(record["arms"].items(), key=lambda item: item[1]["accuracy"]):
+            if row["labels_used"] == labels:
+                place = max(place + 0.032, row["accuracy"] - 0.01)
+                middle.text(labels + 0.03 * max(used), place, name, fontsize=8)
     middle.set(xlabel="labels used", ylabel="accuracy", ylim=(0, 1), xlim=(-0.05 * max(used) - 1, 1.3 * max(used) + 1))
 
+    right.set_prop_cycle(color=plt.cm.tab20.colors)
     for name in record["stages"]:
         for key in ("eval/accuracy", "charts/reward"):
             curve = {}

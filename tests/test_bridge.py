@@ -483,7 +483,7 @@ def test_a_difference_is_paired_by_problem(tmp_path, fake, problems):
 def test_report_md_is_a_table_with_the_plot(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     text = (tmp_path / "run" / "report.md").read_text()
-    assert re.search(r"\| bridge \| 0.800 \| 0.7\d\d to 0.8\d\d \| 40 \| 8 / 10 \| 0.00 M \| 3 \|", text)
+    assert re.search(r"\| bridge \| 0.800 \| 0.7\d\d to 0.8\d\d \| 40 \| 8 / 10 \| 0.00 M \| 3.0e\+15 \|", text)
     assert re.search(r"\| direct_grpo < bridge \| \+0.300 \| \+0.\d\d\d to \+0.\d\d\d \| holds \|", text)
     assert "(report.png)" in text
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -529,6 +529,29 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
     bridge.main(real(tmp_path, problems, force=True))
     assert "--force" in fake.preflights[0][0]
     assert all(("--force" in c) == (c[0] in ("opd.py", "fkl_warmup.py")) for c in fake.commands)
+
+
+@pytest.mark.parametrize("world", list(bridge.WORLDS))
+def test_readme_shows_the_recorded_reports(world):
+    record = json.loads((ROOT / f"benchmarks/results/{world}.json").read_text())
+    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
+    assert set(record["arms"]) == set(bridge.ARMS) and len(record["seeds"]) == 3
+
+
+def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, monkeypatch):
+    bridge.main(real(tmp_path, problems))
+    run, project = tmp_path / "run", tmp_path / "project"
+    for folder in (project / "docs", project / "benchmarks/results"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "__file__", str(project / "report.py"))
+    (project / "README.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    report.main(report.Args(runs=(str(run),)))
+    table = report.markdown(json.loads((run / "report.json").read_text()))
+    assert (project / "README.md").read_text() == f"before\n<!-- report run -->\n{table}\n<!-- end -->\nafter\n"
+    assert (project / "docs/run.png").exists() and (project / "benchmarks/results/run.json").exists()
+    (project / "README.md").write_text("no block")
+    with pytest.raises(UsageError, match="README.md has no <!-- report run -->"):
+        report.main(report.Args(runs=(str(run),)))
 
 
 # -------------------------------------------------------------------------------------------------------------- for real
