@@ -120,11 +120,8 @@ def toy_settings(args: Args) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
     args.jobs = args.jobs or min(os.cpu_count(), 4)
     folder, flags = f"{args.out}/world", WORLDS[args.world]
-    args.teacher, args.student, args.benchmarks = (
-        f"{folder}/teacher_base",
-        f"{folder}/student_base",
-        (f"{folder}/test.jsonl",),
-    )
+    args.teacher, args.student = f"{folder}/teacher_base", f"{folder}/student_base"
+    args.benchmarks = (f"{folder}/test.jsonl",)
     shared = f"{flags['all']} --eval-data {shlex.quote(folder)}/dev.jsonl"
     for stage in ("teacher_grpo", "student_grpo", "stage3"):
         setattr(args, f"{stage}_flags", f"{shared} {flags['grpo']} {flags[stage]} {getattr(args, f'{stage}_flags')}")
@@ -186,6 +183,9 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         return f"--max-steps {total} --rollouts-per-prompt {rollouts}"
 
+    def reward_free():  # that its responses do not end is what it is to show
+        return f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}"
+
     rl, bridge = at("teacher_rl"), ["teacher_rl", "bridge_warmup", "bridge"]
     return {
         "teacher_rl": ([], lambda: grpo("teacher_rl", teacher, train, args.teacher_grpo_flags)),
@@ -200,15 +200,7 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         "no_opd": (bridge, lambda: warmup("no_opd", rl, no_opd())),
         "sft": (bridge, lambda: warmup("sft", rl, f"--loss ce {no_opd()}")),
         "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
-        "reward_free": (
-            bridge,
-            lambda: opd(
-                "reward_free",
-                teacher,
-                student,
-                f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}",
-            ),
-        ),
+        "reward_free": (bridge, lambda: opd("reward_free", teacher, student, reward_free())),
     }
 
 
