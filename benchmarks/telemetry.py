@@ -9,8 +9,8 @@ seconds, less disturbed by what else the machine is doing.
 
 With --sampler vllm the canary counts as telemetry. Its forward pass is timed as it is. What its probe costs among the
 prompts of a rollout is the difference of two such rollouts, with the probe and without: in steps of a third kind, which
-are not among the median steps, the same prompts are sampled three times either way, and the fastest of each are
-compared. Both figures are medians over the steps.
+are not among the median steps, the same prompts are sampled three times either way, and the fastest of each engine step
+are summed and compared. Both figures are medians over the steps.
 
     python benchmarks/telemetry.py opd.py --teacher A --student B --train-data C --sample-every 19 --max-steps 200
     python benchmarks/telemetry.py opd.py --teacher A --student B --train-data C --sampler vllm --max-steps 64
@@ -121,13 +121,17 @@ def time_probe(state) -> None:
     def generate_again(self, prompts, params, progress=None):
         if state["kind"] != "probe" or prompts[0] is not self.probe:
             return generate(self, prompts, params, progress)
-        seconds, outputs = {0: [], 1: []}, {}
+        engine, seconds, outputs = self.llm.llm_engine, {0: [], 1: []}, {}
+        step = engine.step
         for leave_out in (0, 1, 1, 0, 0, 1):
             self.llm.reset_prefix_cache()
-            start = clock()
+            ticks = [clock()]
+            engine.step = lambda: (step(), ticks.append(clock()))[0]  # noqa: B023
             outputs[leave_out] = generate(self, prompts[leave_out:], params[leave_out:])
-            seconds[leave_out].append(clock() - start)
-        state["spent"][PROBE] += min(seconds[0]) - min(seconds[1])
+            seconds[leave_out].append([after - before for before, after in zip(ticks, ticks[1:] + [clock()], strict=True)])
+        engine.step = step
+        fastest = [sum(map(min, zip(*seconds[leave_out], strict=True))) for leave_out in (0, 1)]
+        state["spent"][PROBE] += fastest[0] - fastest[1]
         return outputs[0]
 
     VLLMSampler._sample, VLLMSampler._generate = sample_with_or_without, generate_again
