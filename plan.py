@@ -238,17 +238,25 @@ def check(args, work_of) -> None:
     if args.plan:
         print(render(args, work, hw, phases))
         raise SystemExit(0)
-    if uses_vllm(args, hw):
-        share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / max(args.vllm_tp, 1)
-        common.require(
-            share > weights,
-            f"--vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {share / GB:.1f} GB do not hold the "
-            f"{weights / GB:.1f} GB of weights that vLLM keeps on each GPU, and its cache; raise it, or --vllm-tp",
-        )
+    shortage = vllm_shortage(args, work, hw)
+    common.require(not shortage, shortage)
     common.require(
         peak <= hw.bytes * MARGIN,
         f"needs about {peak / GB:.1f} GB per {'GPU' if hw.cuda else 'process'}, there are {hw.bytes / GB:.1f}: "
         f"{advice(args, work, hw)} (--plan prints the whole count)",
+    )
+
+
+def vllm_shortage(args, work: Workload, hw: Hardware) -> str | None:
+    """What is wrong if vLLM's share of a GPU does not hold its copy of the weights."""
+    if not uses_vllm(args, hw):
+        return None
+    share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / max(args.vllm_tp, 1)
+    if share > weights:
+        return None
+    return (
+        f"--vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {share / GB:.1f} GB do not hold the "
+        f"{weights / GB:.1f} GB of weights that vLLM keeps on each GPU, and its cache; raise it, or --vllm-tp"
     )
 
 
@@ -304,5 +312,7 @@ def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float
     )
     peak = peak_bytes(phases)
     verdict = "fits" if peak <= hw.bytes else f"does not fit: {advice(args, work, hw)}"
+    shortage = vllm_shortage(args, work, hw)
+    verdict = f"does not fit: {shortage}" if shortage else verdict
     lines.append(f"peak {peak / GB:.2f} of {hw.bytes / GB:.1f} GB: {verdict}")
     return "\n".join(lines)

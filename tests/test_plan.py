@@ -96,6 +96,14 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_would_make_it_fit(hub, m
         check(args(plan_gpu="10GB"))
 
 
+def test_a_plan_in_which_vllm_lacks_room_for_its_weights_does_not_fit(hub, monkeypatch, capsys):
+    """--plan once printed "fits" for what the run itself then refused."""
+    monkeypatch.chdir(hub)
+    with pytest.raises(SystemExit):
+        check(args(plan_gpu="10GB", plan=True))
+    assert "does not fit: --vllm-gpu-memory-utilization 0.3: 3.0 GB do not hold" in capsys.readouterr().out
+
+
 def test_more_gpus_take_less_memory_each(hub, monkeypatch):
     monkeypatch.chdir(hub)
     arguments = args(gradient_checkpointing=True)
