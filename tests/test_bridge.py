@@ -550,7 +550,7 @@ def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, mo
     assert (project / "README.md").read_text() == f"before\n<!-- report run -->\n{table}\n<!-- end -->\nafter\n"
     assert (project / "docs/run.png").exists() and (project / "benchmarks/results/run.json").exists()
     (project / "README.md").write_text("no block")
-    with pytest.raises(UsageError, match="README.md has no <!-- report run -->"):
+    with pytest.raises(UsageError, match="README.md has no block <!-- report run -->"):
         report.main(report.Args(runs=(str(run),)))
 
 

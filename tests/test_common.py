@@ -230,6 +230,9 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
         "hardware",
         "wall_time_s",
         "labels_used",
+        "updates",
+        "sampled_tokens",
+        "flops",
     }
     assert record["stopped"] is None and (record["preflight"] is None) == (script == "grpo")
     assert record["finished"] is True and record["command"] == f"python {script}.py --as-typed"
