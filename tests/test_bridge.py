@@ -558,7 +558,7 @@ def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, mo
 @pytest.mark.slow
 def test_killed_again_and_again_the_report_is_that_of_a_run_left_alone(tmp_path):
     tiny = "--train-size 16 --heldout-size 16 --dev-size 8 --test-size 16 --teacher-steps 20 --student-steps 20"
-    flags = ["--arms", "direct_grpo", "bridge", "replay", "--jobs", "2", "--toy-flags", tiny, "--eval-flags", "--samples 2"]
+    flags = ["--arms", "direct_grpo", "bridge", "--jobs", "2", f"--toy-flags={tiny}", "--eval-flags=--samples 2"]
     grpo_flags = "--max-steps 4 --prompts-per-step 8 --minibatch-prompts 4 --save-every 1 --eval-every 0"
     for stage in ("teacher-grpo", "student-grpo", "stage3"):
         flags += [f"--{stage}-flags={grpo_flags}"]
@@ -570,14 +570,15 @@ def test_killed_again_and_again_the_report_is_that_of_a_run_left_alone(tmp_path)
 
     began = time.time()
     assert start(tmp_path / "alone").wait() == 0
-    rng, kills = random.Random(0), 0
-    longest = (time.time() - began) / 3
-    while (driver := start(tmp_path / "killed")).poll() is None:
-        try:
-            driver.wait(rng.uniform(longest / 4, longest))
+    duration = time.time() - began
+    rng, kills, code = random.Random(0), 0, None
+    while code is None:
+        driver = start(tmp_path / "killed")
+        try:  # the shortest ends in imports, the longest behind several stages
+            code = driver.wait(duration * rng.uniform(0.1, 0.6))
         except subprocess.TimeoutExpired:
             driver.kill()
             kills += driver.wait() == -9
-    assert driver.returncode == 0 and kills >= 3
+    assert code == 0 and kills >= 2
     reports = [(tmp_path / run / "report.json").read_text() for run in ("alone", "killed")]
     assert reports[0] == reports[1]
