@@ -213,19 +213,25 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
     return problems
 
 
+def mean_rewards(spec: str, flag: str) -> dict[str, float]:
+    """{problem: mean reward of its responses} of the generations.jsonl `spec` of eval_math.py."""
+    by_problem = {}
+    for row in load_rows(spec, flag):
+        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
+        require(known, f"{flag} {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
+        by_problem.setdefault(row["problem"], []).append(row["reward"])
+    return {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}
+
+
 def paced_weights(spec: str, problems: list[Problem]) -> list[float]:
     """p(1 - p) of every problem (arXiv 2603.11178), p its pass rate in the generations.jsonl `spec` of eval_math.py."""
-    rewards = {}  # problem: of its responses
-    for row in load_rows(spec, "--paced"):
-        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
-        require(known, f"--paced {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
-        rewards.setdefault(row["problem"], []).append(row["reward"])
+    rewards = mean_rewards(spec, "--paced")
     missing = sum(p.text not in rewards for p in problems)
     require(
         not missing,
         f"--paced {spec}: lacks {missing} of the {len(problems)} problems; make it by running eval_math.py on --train-data",
     )
-    pass_rates = [float(np.mean(rewards[p.text])) for p in problems]
+    pass_rates = [rewards[p.text] for p in problems]
     require(
         any(0 < p < 1 for p in pass_rates),
         f"--paced {spec}: every problem is passed always or never, so all weights are 0; raise eval_math.py's --samples",

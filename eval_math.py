@@ -81,12 +81,8 @@ def pass_at_k(rewards: np.ndarray, k: int) -> float:
 
 def read_results(folder: str) -> dict[str, dict[str, float]]:
     """{benchmark: {problem: mean reward}} of a result folder, which is one benchmark's or holds several."""
-    results = {}
-    for path in sorted([*Path(folder).glob("generations.jsonl"), *Path(folder).glob("*/generations.jsonl")]):
-        by_problem = {}
-        for row in common.load_rows(str(path), "--compare"):
-            by_problem.setdefault(row["problem"], []).append(row["reward"])
-        results[path.parent.name] = {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}
+    paths = sorted([*Path(folder).glob("generations.jsonl"), *Path(folder).glob("*/generations.jsonl")])
+    results = {path.parent.name: common.mean_rewards(str(path), "--compare") for path in paths}
     require(results, f"--compare {folder}: no generations.jsonl there; give a folder that eval_math.py wrote")
     return results
 

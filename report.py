@@ -44,12 +44,8 @@ def verdict(ci95: list[float]) -> str:
 
 def scores(out: Path, seeds: list[int], stage: str, benchmark: str) -> np.ndarray:
     """(S, P): accuracy over the samples of each problem, after `stage`, by seed."""
-    by_seed = []
-    for seed in seeds:
-        rewards = {}
-        for row in common.load_rows(str(out / f"seed{seed}/eval/{stage}/{benchmark}/generations.jsonl"), "--runs"):
-            rewards.setdefault(row["problem"], []).append(row["reward"])
-        by_seed.append({problem: np.mean(values) for problem, values in rewards.items()})
+    folders = [out / f"seed{seed}/eval/{stage}/{benchmark}" for seed in seeds]
+    by_seed = [common.mean_rewards(str(folder / "generations.jsonl"), "--runs") for folder in folders]
     return np.array([[row[problem] for problem in by_seed[0]] for row in by_seed])
 
 
@@ -90,28 +86,24 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
 def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, list[str]], stages: list[str]) -> None:
     """Write report.json, report.md and report.png into `out`. arms: {arm: the stages it rests on, its own last}."""
 
-    def rows(units: dict[str, list[str]]):
-        by_benchmark = {
-            benchmark: {name: scores(out, seeds, (used or [name])[-1], benchmark) for name, used in units.items()}
-            for benchmark in benchmarks
-        }
-        entries = {}
-        for name, used in units.items():
-            each = {benchmark: measured(values[name]) for benchmark, values in by_benchmark.items()}
-            entries[name] = {**each[benchmarks[0]], "benchmarks": each, **cost(out, seeds, used)}
-        return entries, by_benchmark
+    last = {arm: (used or [arm])[-1] for arm, used in arms.items()}  # the stage an arm stands for
+    units = {"teacher_base": [], "base": []} | {stage: [stage] for stage in stages}
+    values = {benchmark: {name: scores(out, seeds, name, benchmark) for name in units} for benchmark in benchmarks}
+    figures = {name: {benchmark: measured(values[benchmark][name]) for benchmark in benchmarks} for name in units}
 
-    in_arms, values = rows(arms)
-    in_stages, _ = rows({"teacher_base": [], "base": []} | {stage: [stage] for stage in stages})
+    def row(name: str, used: list[str]) -> dict:
+        return {**figures[name][benchmarks[0]], "benchmarks": figures[name], **cost(out, seeds, used)}
+
+    compared = {b: compare({arm: values[b][stage] for arm, stage in last.items()}) for b in benchmarks}
     record = {
         "benchmark": benchmarks[0],
         "seeds": seeds,
-        "arms": in_arms,
-        "stages": in_stages,
-        "comparisons": compare(values[benchmarks[0]]),
+        "arms": {arm: row(last[arm], used) for arm, used in arms.items()},
+        "stages": {name: row(name, used) for name, used in units.items()},
+        "comparisons": compared[benchmarks[0]],
     }
     for benchmark in benchmarks[1:]:
-        for name, comparison in compare(values[benchmark]).items():
+        for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
     (out / "report.json").write_text(json.dumps(record, indent=2))
     text = markdown(record)
@@ -122,13 +114,17 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
     print(f"\n{text}\n\nwrote {out}/report.json and report.md")
 
 
+def shown(record: dict) -> dict[str, dict]:
+    """The teacher before and after RL, then the arms."""
+    return {k: row for k, row in record["stages"].items() if k in ("teacher_base", "teacher_rl")} | record["arms"]
+
+
 def markdown(record: dict) -> str:
     """The tables of arms and comparisons. record: report.json"""
     seeds = f"± standard error over {len(record['seeds'])} seeds" if len(record["seeds"]) > 1 else "one seed"
     lines = [f"| arm | accuracy, {seeds} | 95 % interval | labels | RL / dense updates | sampled tokens | FLOPs |"]
     lines.append("|---|---|---|---|---|---|---|")
-    teachers = {name: row for name, row in record["stages"].items() if name in ("teacher_base", "teacher_rl")}
-    for name, row in (teachers | record["arms"]).items():
+    for name, row in shown(record).items():
         spread = f" ± {row['se']:.3f}" if row["se"] is not None else ""
         low, high = row["ci95"]
         cells = [name, f"{row['accuracy']:.3f}{spread}", f"{low:.3f} to {high:.3f}", str(row["labels_used"])]
@@ -154,11 +150,10 @@ def plot(out: Path, record: dict) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), constrained_layout=True)
-    teachers = {name: row for name, row in record["stages"].items() if name in ("teacher_base", "teacher_rl")}
-    rows = teachers | record["arms"]
+    rows = shown(record)
     accuracy = np.array([row["accuracy"] for row in rows.values()])
     ends = np.array([row["ci95"] for row in rows.values()]).T  # (2, arms)
-    colors = ["tab:gray" if name in teachers else "tab:blue" for name in rows]
+    colors = ["tab:gray" if name not in record["arms"] else "tab:blue" for name in rows]
     left.barh(list(rows), accuracy, xerr=abs(ends - accuracy), color=colors, capsize=3, alpha=0.8)
     for place, row in enumerate(rows.values()):
         left.plot(row["by_seed"], [place] * len(row["by_seed"]), ".k", markersize=4)

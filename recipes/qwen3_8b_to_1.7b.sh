@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=${1:-runs/qwen3_8b_to_1.7b} seed=${2:-1} grader=${GRADER:-math}
-teacher=Qwen/Qwen3-8B student=Qwen/Qwen3-1.7B
+teacher=${TEACHER:-Qwen/Qwen3-8B} student=Qwen/Qwen3-1.7B
 launch="torchrun --standalone --nproc_per_node 8"
 stage="--seed $seed --gradient-checkpointing --vllm-sleep --vllm-gpu-memory-utilization 0.5 --resume"
 
