@@ -456,16 +456,16 @@ def clip_gradients(model, max_norm: float) -> float:
     return float(parallel.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
 
 
-def grade(grader, tokenizer, responses, answers) -> list[float]:
+def grade(grader, tokenizer, response_ids: list[list[int]], answers) -> list[float]:
     """Rewards of the responses, 0 or 1 each, from the grader of rank 0."""
-    texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     return parallel.on_rank_zero(grader.grade, texts, answers)
 
 
 def evaluate(sampler, tokenizer, prompts, answers, grader, seed: tuple[int, ...]) -> dict[str, float]:
     """One response per problem with the training sampler: a learning curve, not a benchmark (that is eval_math.py)."""
     responses = sampler.sample(prompts, 1, seed)
-    rewards = grade(grader, tokenizer, responses, answers)
+    rewards = grade(grader, tokenizer, [r.ids for r in responses], answers)
     lengths = [len(r.ids) for r in responses]
     return {"eval/accuracy": float(np.mean(rewards)), "eval/response_length": float(np.mean(lengths))}
 

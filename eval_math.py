@@ -162,7 +162,8 @@ def main(args: Args) -> None:
         with common.progress_bar(len(prompts) * args.samples, name, "response") as bar:
             responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)
         with common.Grader(args.grader) as grader:
-            rewards = common.grade(grader, tokenizer, responses, [p.answer for p in problems for _ in range(args.samples)])
+            answers = [p.answer for p in problems for _ in range(args.samples)]
+            rewards = common.grade(grader, tokenizer, [r.ids for r in responses], answers)
         if parallel.rank():
             continue
         by_problem = np.array(rewards).reshape(-1, args.samples)  # (P, samples)

@@ -250,8 +250,7 @@ def main(args: Args) -> None:
         weights = torch.tensor([problem_weights[i] for i in rows], dtype=torch.float64)  # (B,)
         if args.reward_weight:
             run.consult(problems[i] for i in rows)
-            texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-            rewards = parallel.on_rank_zero(grader.grade, texts, [problems[i].answer for i in rows])
+            rewards = common.grade(grader, tokenizer, response_ids, [problems[i].answer for i in rows])
             weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
         sizes = torch.tensor([len(r) for r in response_ids])
         weights = weights.repeat_interleave(sizes)  # (tokens,)

@@ -220,7 +220,8 @@ def main(args: Args) -> None:
             batch = stream.take(args.prompts_per_step)
             responses = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
             run.consult(problems[i] for i in batch)
-            rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch for _ in range(G)])
+            answers = [problems[i].answer for i in batch for _ in range(G)]
+            rewards = common.grade(grader, tokenizer, [r.ids for r in responses], answers)
             drawn = [(i, responses[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
             groups += [group for group in drawn if not args.dynamic_sampling or len(set(group[2])) > 1]
             all_responses, all_rewards = all_responses + responses, all_rewards + rewards

@@ -282,7 +282,7 @@ def main(args: Args) -> None:
         weights = torch.tensor([problem_weights[i] for i in batch], dtype=torch.float64)  # (B,)
         if args.reward_weight:
             run.consult(problems[i] for i in batch)
-            rewards = common.grade(grader, tokenizer, responses, [problems[i].answer for i in batch])
+            rewards = common.grade(grader, tokenizer, response_ids, [problems[i].answer for i in batch])
             weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
         sizes = torch.tensor([len(r) for r in response_ids])
         weights = weights.repeat_interleave(sizes)  # (tokens,)

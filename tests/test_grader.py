@@ -50,13 +50,20 @@ def alive(pid: int) -> bool:
         return False
 
 
+def command_line(pid: int) -> bytes:
+    """Waits out the moment after Popen's return in which it is still empty."""
+    path = Path(f"/proc/{pid}/cmdline")
+    wait_for(lambda: path.read_bytes() or not alive(pid), 5)
+    return path.read_bytes()
+
+
 def worker_pids(parent: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == parent:
-                if b"--worker" in (stat.parent / "cmdline").read_bytes():
-                    found.append(int(stat.parent.name))
+            pid, parent_pid = int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            if parent_pid == parent and b"--worker" in command_line(pid):
+                found.append(pid)
         except OSError:
             continue
     return found
