@@ -1,5 +1,5 @@
 # docs/benchmarks.md
-"""The recipe on a real language model, small enough for a CPU: where do 512 labels do more for a pruned student, in GRPO on
+"""The recipe on a real language model, small enough for a CPU: where do the labels do more for a pruned student, in GRPO on
 itself or in GRPO on its teacher and the bridge?
 
 The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
@@ -59,7 +59,7 @@ class Args:
     """folder of models, problems, stages and report.json"""
     heal_epochs: int = 3
     """passes of the healing over the teacher's responses"""
-    grpo_steps: int = 40
+    grpo_steps: int = 32
     """GRPO updates of 8 prompts x 8 responses; 64 would see each of the 512 labels once"""
     warmup_epochs: int = 1
     """passes of the bridge's warmup over the RL teacher's responses, one for each of the 512 problems"""
@@ -143,9 +143,9 @@ def main(args: Args) -> None:
             f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 "
             f"--resume")  # fmt: skip
     grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
-           f"--learning-rate 2e-5 --eval-every 10"  # fmt: skip
+           f"--learning-rate 3e-5 --eval-every 8"  # fmt: skip
     warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"
-    opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 5e-5 --eval-every 8"
+    opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 1e-4 --eval-every 8"
     measure = f'--instruction "" --max-response-tokens 24 --dtype {args.dtype} --rollout-batch-tokens 16384 --samples 4'
     run(f"bridge.py --teacher {at('teacher')} --student {at('student')} --train-data {at('labeled.jsonl')} "
         f"--benchmarks {at('test.jsonl')} --arms {' '.join(args.arms)} --out {at('bridge')} --jobs {args.jobs} "
