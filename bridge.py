@@ -31,7 +31,9 @@ from typing import Literal
 
 import checkpoint
 import common
+import dataset
 import report
+import run_folder
 from common import require
 
 ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
@@ -132,7 +134,7 @@ def toy_settings(args: Args) -> None:
 
 def split_labels(args: Args) -> tuple[str, str]:
     """Split --train-data into files of 80 % for stages 1 and 2 and 20 % held out for stage 3; returns both paths."""
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=True)
     random.Random(42).shuffle(problems)
     cut, data = len(problems) * 4 // 5, Path(args.out, "data")
     data.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         return command("opd.py", stage, models, train, f"{args.opd_flags} {more}{force}")
 
     def made(stage):
-        return common.finished(f"{args.out}/seed{seed}/{stage}")
+        return run_folder.finished(f"{args.out}/seed{seed}/{stage}")
 
     def updates(*names):
         return f"--max-steps {sum(made(name)['updates'] for name in names)}"
@@ -303,13 +305,13 @@ def main(args: Args) -> None:
 
     # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
     dense = any(stage not in ("teacher_rl", "direct_grpo", "cold_grpo") for stage in wanted)
-    if dense and not any(common.finished(out / f"seed{seed}" / stage) for seed in seeds for stage in wanted):
+    if dense and not any(run_folder.finished(out / f"seed{seed}" / stage) for seed in seeds for stage in wanted):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
         flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
         call(f"opd.py --preflight-only {models} {flags}")
 
     # ---- train, then measure the base models and what every stage made
-    tasks, names = {}, [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    tasks, names = {}, [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     for stage in wanted:
         for seed in seeds:
             folder, (before, command) = out / f"seed{seed}", stages[seed][stage]

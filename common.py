@@ -1,26 +1,16 @@
 # docs/common.md
-"""Plumbing that fails silently when two copies of it differ, so it lives here once: reading problems, rendering
-prompts, loading models, sampling, batching, evaluation, logging, checkpoints. The algorithms are in the scripts."""
+"""Plumbing that fails silently when two copies of it differ, so it lives here once: the command line, loading and saving
+models, sampling, batching, evaluation. Problems and prompts are in dataset.py, a run's record is in run_folder.py; the
+algorithms are in the scripts."""
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
-import json
-import math
 import os
-import platform
 import random
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +25,11 @@ from tqdm import tqdm
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import checkpoint  # noqa: E402
 import parallel  # noqa: E402
-from grader import Grader, reference_answer  # noqa: E402, F401  (scripts reach grader and sampler through here)
+from grader import Grader  # noqa: E402, F401  (scripts reach grader and sampler through here)
 from kernels import head_weight  # noqa: E402
 from samplers import HFSampler, autocast  # noqa: E402, F401
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 RETRY_WAITS = (1, 3)  # seconds between tries of a hub that fails, on top of its client's own
 transformers.utils.logging.disable_progress_bar()
@@ -94,14 +81,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------- problems and prompts
-@dataclass(frozen=True)
-class Problem:
-    text: str  # the problem itself, or the last user message of a chat prompt
-    messages: tuple  # earlier chat messages (a system prompt, say), each {"role", "content"}
-    answer: str | None  # reference answer; None for data without labels
+def progress_bar(total: int, name: str, unit: str) -> tqdm:
+    """A bar on a terminal; a line every so often in a log file."""
+    often = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(total=total, desc=name, unit=unit, delay=0.1, mininterval=often, disable=parallel.rank() > 0)
 
 
+# ---------------------------------------------------------------------------------------------- the hub
 @functools.cache
 def go_offline_without_network() -> None:
     """Without a network the hub's clients retry for minutes; offline, they read their caches or fail at once."""
@@ -149,147 +135,6 @@ def may_pass(error: BaseException | None) -> bool:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def load_rows(spec: str, flag: str) -> list[dict]:
-    """Rows of a local .jsonl / .json / .parquet file, or of a hub dataset `name`, `name:config`, `name:config:split`."""
-    path = Path(spec)
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-        import datasets
-
-        if path.suffix in (".json", ".parquet"):
-            return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
-        name, config, split = (spec.split(":", 2) + [None, None])[:3]
-        if config is None:
-            configs = from_hub(lambda: datasets.get_dataset_config_names(name), name)
-            config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
-            require(config, f"{flag} {spec}: choose a config, {flag} {name}:CONFIG, one of {', '.join(configs)}")
-        return list(from_hub(lambda: datasets.load_dataset(name, config, split=split or "train"), name))
-    except UsageError:
-        raise
-    except Exception as error:  # a missing file, bad JSON, no network: all end the same way for the user
-        raise UsageError(
-            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({first_line(error)}). "
-            f"Check the path, or the network and the name:config:split"
-        ) from None
-
-
-def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
-    """Distinct problems of a dataset, in its order. Raises UsageError for a missing column or an empty dataset."""
-    rows = load_rows(spec, flag)
-    require(rows, f"{flag} {spec}: the dataset is empty; give one with at least one problem")
-    require(all(isinstance(row, dict) for row in rows), f"{flag} {spec}: every line must be a JSON object")
-    columns = sorted(rows[0])
-    text_key = next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
-    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt; it has {', '.join(columns)}")
-    problems = {}
-    for number, row in enumerate(rows, 1):
-        prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
-        if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt):
-            *messages, last = prompt  # a chat list, as in DAPO-Math-17k
-            prompt = last["content"]
-        require(
-            isinstance(prompt, str) and prompt,
-            f"{flag} {spec}: row {number}: {text_key} must be a text or a list of chat messages",
-        )
-        truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-        candidates = (row.get("answer"), row.get("solution"), truth)
-        answer = next((candidate for candidate in candidates if candidate is not None), None)
-        answer = None if answer is None else reference_answer(str(answer))
-        problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
-    problems = list(problems.values())
-    if need_answers:
-        labeled = [p for p in problems if p.answer]
-        require(
-            labeled,
-            f"{flag} {spec}: needs a column answer, solution or reward_model.ground_truth with the "
-            f"reference answers; it has {', '.join(columns)}",
-        )
-        if len(labeled) < len(problems):
-            print(f"{flag} {spec}: {len(problems) - len(labeled)} problems without an answer left out")
-        problems = labeled
-    return problems
-
-
-def mean_rewards(spec: str, flag: str) -> dict[str, float]:
-    """{problem: mean reward of its responses} of the generations.jsonl `spec` of eval_math.py."""
-    by_problem = {}
-    for row in load_rows(spec, flag):
-        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
-        require(known, f"{flag} {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
-        by_problem.setdefault(row["problem"], []).append(row["reward"])
-    return {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}
-
-
-def paced_weights(spec: str, problems: list[Problem]) -> list[float]:
-    """p(1 - p) of every problem (arXiv 2603.11178), p its pass rate in the generations.jsonl `spec` of eval_math.py."""
-    rewards = mean_rewards(spec, "--paced")
-    missing = sum(p.text not in rewards for p in problems)
-    require(
-        not missing,
-        f"--paced {spec}: lacks {missing} of the {len(problems)} problems; make it by running eval_math.py on --train-data",
-    )
-    pass_rates = [rewards[p.text] for p in problems]
-    require(
-        any(0 < p < 1 for p in pass_rates),
-        f"--paced {spec}: every problem is passed always or never, so all weights are 0; raise eval_math.py's --samples",
-    )
-    return [p * (1 - p) for p in pass_rates]
-
-
-def render_prompt(tokenizer, problem: Problem, instruction: str, thinking: bool) -> list[int]:
-    """Token ids of the chat prompt, ending where the assistant's response begins. The instruction follows the problem
-    on its own line unless the problem already asks for a box."""
-    text = problem.text if not instruction or "\\boxed" in problem.text else f"{problem.text}\n{instruction}"
-    messages = [*problem.messages, {"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
-    )
-
-
-def render_prompts(tokenizers, problems, instruction, thinking, max_prompt_tokens: int | None, flag: str):
-    """Render every problem with each of the (tokenizer, thinking) pairs; a problem too long for any one is dropped.
-
-    Returns (kept problems, [prompt ids of the kept problems] for each tokenizer). Raises UsageError if none is left."""
-    rendered = [
-        [render_prompt(tok, p, instruction, think) for p in problems]
-        for tok, think in zip(tokenizers, thinking, strict=True)
-    ]
-    longest = [max(lengths) for lengths in zip(*[[len(ids) for ids in one] for one in rendered], strict=True)]
-    keep = [i for i, length in enumerate(longest) if max_prompt_tokens is None or length <= max_prompt_tokens]
-    require(
-        keep,
-        f"{flag}: all {len(problems)} prompts are longer than --max-prompt-tokens {max_prompt_tokens} "
-        f"(shortest {min(longest)}); raise it",
-    )
-    if len(keep) < len(problems):
-        print(
-            f"{flag}: {len(problems) - len(keep)} of {len(problems)} problems dropped, longer than "
-            f"--max-prompt-tokens {max_prompt_tokens}"
-        )
-    return [problems[i] for i in keep], [[one[i] for i in keep] for one in rendered]
-
-
-class ProblemStream:
-    """Indices 0..count-1 without end, one fresh permutation after another, so that every epoch sees every problem once.
-    `position` is how many were taken; setting it continues a run."""
-
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.position = count, seed, 0
-
-    def take(self, k: int) -> list[int]:
-        epochs = range(self.position // self.count, (self.position + k - 1) // self.count + 1)
-        indices = np.concatenate([np.random.default_rng((self.seed, epoch)).permutation(self.count) for epoch in epochs])
-        start = self.position % self.count
-        self.position += k
-        return indices[start : start + k].tolist()
-
-
-def benchmark_name(spec: str) -> str:
-    """Folder name of a benchmark: a file's stem, or the hub spec without its slashes and colons."""
-    return Path(spec).stem if spec.endswith((".jsonl", ".json", ".parquet")) else re.sub("[/:]", "_", spec)
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -368,6 +213,23 @@ def enable_gradient_checkpointing(model) -> None:
     """Recompute activations in backward. Transformers does so in train mode only; the supported models have no dropout."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+
+
+def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
+    """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = parallel.full_tensor(tensor)  # every rank takes part, rank 0 keeps it
+        if parallel.rank() == 0:
+            state[name] = whole.to(dtype).cpu()
+    if parallel.rank():
+        return
+    if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
+        state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
+    model.save_pretrained(out, state_dict=state)
+    model.config.dtype = dtype  # save_pretrained writes that of the master weights
+    model.config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 # ---------------------------------------------------------------------------------------------- batches and scoring
@@ -483,288 +345,3 @@ def bootstrap_ci95(values: np.ndarray, resamples: int = 10_000) -> list[float]:
     seeds, problems = (drawn(count, resamples, axis) for axis, count in enumerate(values.shape))  # (R, S), (R, P)
     means = ((seeds @ values) * problems).sum(1) / values.size
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
-
-# ---------------------------------------------------------------------------------------------- run folder
-def make_out(out: str | Path) -> Path:
-    """The output folder, made if need be. Raises UsageError where nothing can be written."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
-    return Path(out)
-
-
-def finished(out: str | Path) -> dict | None:
-    """run.json of a finished run in folder `out`, else None."""
-    path = Path(out) / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record if record.get("finished") else None
-
-
-def progress_bar(total: int, name: str, unit: str) -> tqdm:
-    """A bar on a terminal; a line every so often in a log file."""
-    often = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=total, desc=name, unit=unit, delay=0.1, mininterval=often, disable=parallel.rank() > 0)
-
-
-class Run:
-    """The run folder: metrics.jsonl (one object a step), run.json, a copy of the script, checkpoints, a progress bar.
-    Rank 0 writes it; the other ranks keep the same books and write nothing."""
-
-    def __init__(self, args, total_steps: int):
-        if args.resume and finished(args.out):  # a requeued job: the same line finds nothing left to do
-            require_same_run(args, Path(args.out))
-            print(f"{args.out}/ is finished")
-            sys.exit(0)
-        require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
-        self.args, self.out, self.start = args, make_out(args.out), time.time()
-        self.total_steps = total_steps
-        self.resumed_from = checkpoint.latest(self.out)
-        worth = [path for path in (self.resumed_from, *self.out.glob("rollouts*.jsonl")) if path]
-        require(
-            args.resume or not worth,
-            f"--out {args.out}: holds an unfinished run ({', '.join(path.name for path in worth)}); go on with it by "
-            f"--resume, or choose another folder",
-        )
-        if worth:
-            require_same_run(args, self.out)
-        self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
-        split = args.label_split and load_problems(args.label_split, "--label-split", need_answers=True)
-        self.label_split = {p.text for p in split} if split else None
-        self.spent = Counter()  # optimizer updates, sampled tokens, FLOPs
-        self.record = {
-            "finished": False,
-            "command": command_line(),
-            "args": asdict(args),
-            "preflight": None,
-            "stopped": None,
-            "git_revision": git_revision(),
-            "packages": {name: version(name) for name in PACKAGES},
-            "hardware": {
-                "cpu": platform.processor() or platform.machine(),
-                "cpu_threads": torch.get_num_threads(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                "ranks": parallel.world_size(),
-            },
-        }
-        self.metrics = self.bar = self.tensorboard = self.wandb = None
-        parallel.barrier()  # every rank has looked at the folder before rank 0 writes to it
-        if parallel.rank():
-            return
-        self.lock = lock_folder(self.out)
-        shutil.copy(sys.argv[0], self.out)
-        self._write_record()
-        last_step = checkpoint.step(self.resumed_from)
-        keep_metrics(self.out, last_step)
-        self.metrics = (self.out / "metrics.jsonl").open("a")
-        self.bar = progress_bar(total_steps, self.out.name, "step")
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UsageError("--tensorboard needs a package: pip install tensorboard") from None
-            self.tensorboard = SummaryWriter(self.out, purge_step=last_step + 1)
-        if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UsageError("--wandb needs a package: pip install wandb") from None
-            self.wandb = wandb.init(project="sparse-to-dense", name=self.out.name, config=asdict(args))
-
-    def resume(self, model, optimizer, stream: ProblemStream) -> int:
-        """Load the newest checkpoint, if there is one, into all three. Returns its step, else 0."""
-        if not self.resumed_from:
-            return 0
-        state = checkpoint.restore(self.resumed_from, model, optimizer)
-        stream.position, self.labels, self.spent = state["position"], set(state["labels"]), Counter(state["spent"])
-        print(f"resumed from {self.resumed_from}")
-        return state["step"]
-
-    def checkpoint(self, step: int, model, optimizer, stream: ProblemStream) -> None:
-        """Every --save-every steps, except behind the last one: what `resume` needs. Raises RunStopped if the disk is
-        full."""
-        if not self.args.save_every or step % self.args.save_every or step == self.total_steps:
-            return
-        state = {"step": step, "position": stream.position, "labels": sorted(self.labels), "spent": self.spent}
-        try:
-            checkpoint.save(self.out, model, optimizer, state, self.args.keep_last)
-        except OSError as error:
-            whole, free = checkpoint.latest(self.out), shutil.disk_usage(self.out).free / 1e9
-            raise RunStopped(
-                f"--out {self.out}: {error} ({free:.1f} GB free there). "
-                + (f"{whole} is whole: make room, then run the same command with --resume" if whole else "Make room")
-            ) from None
-
-    def consult(self, problems) -> None:
-        """Enter problems into the ledger before their answers decide a reward. Raises RunStopped for one that is not in
-        --label-split."""
-        texts = {problem.text for problem in problems}
-        outside = texts - self.label_split if self.label_split is not None else set()
-        if outside:
-            reason = f"a label outside --label-split {self.args.label_split}: {min(outside)[:80]!r}"
-            self.note(stopped=reason)
-            raise RunStopped(f"{self.out}: {reason}; nothing was learned from it. Take --train-data from that file")
-        self.labels |= texts
-
-    def spend(self, updates: int = 0, sampled_tokens: int = 0, flops: float = 0) -> None:
-        """Count what training costs, for run.json. FLOPs are 2 a parameter and token forward and 4 more backward, attention
-        itself left out (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
-        self.spent.update(updates=updates, sampled_tokens=sampled_tokens, flops=flops)
-
-    def note(self, **entries) -> None:
-        """Add entries to run.json."""
-        self.record |= entries
-        if parallel.rank() == 0:
-            self._write_record()
-
-    def _write_record(self):
-        (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
-
-    def log(self, step: int, metrics: dict[str, float], bar: str = "") -> None:
-        """Append one object to metrics.jsonl. `bar` is the text behind the progress bar."""
-        if parallel.rank():
-            return
-        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.metrics.flush()
-        if self.tensorboard:
-            for key, value in metrics.items():
-                self.tensorboard.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-        self.bar.set_postfix_str(bar, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def finish(self, model=None, tokenizer=None, dtype=None, **extra) -> None:
-        """Save the model (if one is given), then mark run.json finished: the last write of a run. Nothing is left to
-        resume, so the checkpoints go."""
-        if model is not None:
-            save_model(model, tokenizer, self.out, dtype)
-        if parallel.rank():
-            return
-        self.bar.close()
-        self.metrics.close()
-        (self.out / "labels.json").write_text(json.dumps(sorted(self.labels)))
-        self.record |= {
-            "finished": True,
-            "wall_time_s": round(time.time() - self.start, 1),
-            "labels_used": len(self.labels),
-            "updates": self.spent["updates"],
-            "sampled_tokens": self.spent["sampled_tokens"],
-            "flops": self.spent["flops"],
-            **extra,
-        }
-        self._write_record()
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        print(f"wrote {self.out}/ in {self.record['wall_time_s']:.0f} s")
-
-
-def lock_folder(out: Path):
-    """An open file that keeps other processes out of `out` until this one ends. Raises UsageError if one is at work."""
-    file = (out / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"--out {out}: another process is writing there; wait for it, stop it, or choose another") from None
-    return file
-
-
-def rank_zero_file(path: Path, lines: list[str]):
-    """`path` open for writing, holding `lines`; on the other ranks what is written goes nowhere."""
-    file = open(os.devnull if parallel.rank() else path, "w")
-    file.writelines(lines)
-    return file
-
-
-def require_same_run(args, out: Path) -> None:
-    """Raise UsageError if the run in `out` was started with another model, other data or another seed; print whatever
-    else is new."""
-    before, now = json.loads((out / "run.json").read_text())["args"], json.loads(json.dumps(asdict(args)))
-    changed = {name: f"--{name.replace('_', '-')} was {before.get(name)}, now {now[name]}" for name in now}
-    changed = {name: text for name, text in changed.items() if before.get(name) != now[name] and name != "resume"}
-    fixed = [changed[name] for name in ("model", "teacher", "student", "train_data", "rollouts", "seed") if name in changed]
-    require(not fixed, f"--resume: {'; '.join(fixed)}: repeat the flags of {out}, or choose another --out")
-    if changed:
-        print(f"--resume with changed flags: {'; '.join(changed.values())}")
-
-
-def keep_metrics(out: Path, last_step: int) -> None:
-    """Cut metrics.jsonl behind `last_step`, the step to go on from: later rows are of steps that run again."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
-
-
-class StopRules:
-    """Ends a run that goes wrong: the weights are saved, run.json says why and stays unfinished. Every rank must see the
-    same values, because all of them save."""
-
-    def __init__(self, args, run, model, tokenizer, dtype):
-        self.args, self.saved, self.run, self.steps_truncated = args, (model, tokenizer, run.out, dtype), run, 0
-
-    def unless_finite(self, step: int, **values) -> None:
-        """Stop at a nan or inf. Called before the optimizer's step, so that it never reaches the weights that are saved."""
-        bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
-        if bad:
-            names = " and ".join(f"{name} {value}" for name, value in bad.items())
-            self.stop(
-                f"step {step}: {names}; the update was not applied. Lower --learning-rate, or look at the step's data "
-                f"and at --dtype"
-            )
-
-    def if_truncated(self, step: int, truncated_frac: float) -> None:
-        """Stop after --stop-patience steps in a row with a truncated_frac above --stop-truncated-frac (0: never)."""
-        bound, patience = self.args.stop_truncated_frac, self.args.stop_patience
-        self.steps_truncated = self.steps_truncated + 1 if bound and truncated_frac > bound else 0
-        if bound and self.steps_truncated >= patience:
-            self.stop(
-                f"step {step}: charts/truncated_frac above {bound:g} for {patience} steps: responses do not end. Raise "
-                f"--max-response-tokens, check the EOS ids with --preflight-only, or set --stop-truncated-frac 0"
-            )
-
-    def watch(self, sampler) -> None:
-        """Stop when the sampler's canary finds, within a rollout, that it does not sample from the trainer's weights."""
-        sampler.on_stale = self.stop
-
-    def stop(self, reason: str) -> None:
-        save_model(*self.saved)
-        self.run.note(stopped=reason)
-        raise RunStopped(f"stopped at {reason}. Saved the weights so far to {self.run.out}/")
-
-
-def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
-    """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        whole = parallel.full_tensor(tensor)  # every rank takes part, rank 0 keeps it
-        if parallel.rank() == 0:
-            state[name] = whole.to(dtype).cpu()
-    if parallel.rank():
-        return
-    if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
-        state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(out, state_dict=state)
-    model.config.dtype = dtype  # save_pretrained writes that of the master weights
-    model.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def command_line() -> str:
-    """The command that runs this process, as a user would type it in the repository."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except OSError:
-        return None

@@ -19,7 +19,9 @@ from typing import Literal
 import numpy as np
 
 import common
+import dataset
 import parallel
+import run_folder
 from common import require
 
 HUB = {
@@ -60,7 +62,7 @@ class Args:
     """share of the GPU's memory for vLLM's weights and cache"""
     vllm_tp: int = 1
     """GPUs that share vLLM's copy of the weights"""
-    instruction: str = common.INSTRUCTION
+    instruction: str = dataset.INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -82,7 +84,7 @@ def pass_at_k(rewards: np.ndarray, k: int) -> float:
 def read_results(folder: str) -> dict[str, dict[str, float]]:
     """{benchmark: {problem: mean reward}} of a result folder, which is one benchmark's or holds several."""
     paths = sorted([*Path(folder).glob("generations.jsonl"), *Path(folder).glob("*/generations.jsonl")])
-    results = {path.parent.name: common.mean_rewards(str(path), "--compare") for path in paths}
+    results = {path.parent.name: dataset.mean_rewards(str(path), "--compare") for path in paths}
     require(results, f"--compare {folder}: no generations.jsonl there; give a folder that eval_math.py wrote")
     return results
 
@@ -122,7 +124,7 @@ def main(args: Args) -> None:
     require(args.model, "--model: give a checkpoint to measure, or --compare A B")
     common.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     common.choose_sampler(args, training=False)
-    names = [common.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
         args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0,
@@ -130,17 +132,17 @@ def main(args: Args) -> None:
     )
     benchmarks = {}
     for name in args.benchmarks:
-        benchmarks[common.benchmark_name(name)] = common.load_problems(
+        benchmarks[dataset.benchmark_name(name)] = dataset.load_problems(
             HUB.get(name, name), "--benchmarks", need_answers=True
         )[: args.limit]
-    out = common.make_out(args.out or Path("results") / Path(args.model).name)
+    out = run_folder.make_out(args.out or Path("results") / Path(args.model).name)
     tokenizer = common.load_tokenizer(args.model, "--model")
     device, dtype = common.device_and_dtype(args.dtype)
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
         model = common.load_model(args.model, "--model", device, dtype, trainable=False)
     rendered = {
-        name: [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
+        name: [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
         for name, problems in benchmarks.items()
     }
     sampler = common.make_sampler(
@@ -180,7 +182,7 @@ def main(args: Args) -> None:
             "unparsable": grader.unparsable,
             "grader_timeouts": grader.timeouts,
             "seconds": round(time.time() - start, 1),
-            "command": common.command_line(),
+            "command": run_folder.command_line(),
             "args": asdict(args),
         }
         (out / name).mkdir(parents=True, exist_ok=True)

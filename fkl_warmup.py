@@ -19,9 +19,11 @@ from typing import Literal
 import torch
 
 import common
+import dataset
 import parallel
 import plan
 import preflight
+import run_folder
 import telemetry
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -77,7 +79,7 @@ class Args:
     """also log to Weights & Biases (pip install wandb)"""
 
     # prompt
-    instruction: str = common.INSTRUCTION
+    instruction: str = dataset.INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the student's chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -158,13 +160,13 @@ def main(args: Args) -> None:
         ),
     )
     common.choose_sampler(args)
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
-    eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
+    eval_problems = dataset.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
 
-    problems, [prompts, teacher_prompts] = common.render_prompts(
+    problems, [prompts, teacher_prompts] = dataset.render_prompts(
         [tokenizer, teacher_tokenizer],
         problems,
         args.instruction,
@@ -172,10 +174,10 @@ def main(args: Args) -> None:
         args.max_prompt_tokens,
         "--train-data",
     )
-    eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
-    problem_weights = common.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
+    eval_prompts = [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     index = {problem.text: i for i, problem in enumerate(problems)}
-    saved = common.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
+    saved = dataset.load_rows(args.rollouts, "--rollouts") if args.rollouts else None
     if saved is not None:
         require(
             saved
@@ -193,7 +195,7 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or -(-args.epochs * rollout_count // args.rollouts_per_step)  # the last wraps around
 
     # ---- models, optimizer
-    run = None if args.preflight_only else common.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
@@ -209,7 +211,7 @@ def main(args: Args) -> None:
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     grader = common.Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="forward_kl")
-    stop = common.StopRules(args, run, model, tokenizer, dtype)
+    stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
 
     # ---- rollout: the teacher answers every problem, once and for all steps
     rollout_start = time.time()
@@ -228,7 +230,7 @@ def main(args: Args) -> None:
 
     # for --eval-data alone, and always hf: the teacher has the process's one vLLM engine
     eval_sampler = common.HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
-    stream = common.ProblemStream(len(saved), args.seed)
+    stream = dataset.ProblemStream(len(saved), args.seed)
 
     def evaluate(step):
         answers = [p.answer for p in eval_problems]
@@ -354,12 +356,12 @@ def teacher_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[d
     """The rows of rollouts.jsonl. A part at a time goes to a file aside, where a killed run finds what it had sampled."""
     path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
     if path.exists():
-        return common.load_rows(str(path), "--resume")
+        return dataset.load_rows(str(path), "--resume")
     lines = aside.read_text().splitlines(keepends=True) if aside.exists() else []
     lines = lines[: len(lines) // (PROBLEMS_PER_PART * n) * PROBLEMS_PER_PART * n]  # whole parts only
     parallel.barrier()  # every rank has read what rank 0 now writes to
     with (
-        common.rank_zero_file(aside, lines) as file,
+        run_folder.rank_zero_file(aside, lines) as file,
         common.progress_bar(len(problems) * n, "teacher rollouts", "response") as bar,
     ):
         bar.update(len(lines))

@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 
 import common
+import dataset
 import parallel
 import plan
+import run_folder
 import telemetry
 from common import require
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -65,7 +67,7 @@ class Args:
     """also log to Weights & Biases (pip install wandb)"""
 
     # prompt and reward
-    instruction: str = common.INSTRUCTION
+    instruction: str = dataset.INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -165,14 +167,14 @@ def main(args: Args) -> None:
         ),
     )
     common.choose_sampler(args)
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=True)
-    eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=True)
+    eval_problems = dataset.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.model, "--model")
 
-    problems, [prompts] = common.render_prompts(
+    problems, [prompts] = dataset.render_prompts(
         [tokenizer], problems, args.instruction, [args.thinking], args.max_prompt_tokens, "--train-data"
     )
-    eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    eval_prompts = [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
     require(
         args.prompts_per_step <= len(problems),
         f"--prompts-per-step {args.prompts_per_step} is more than the "
@@ -181,7 +183,7 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
 
     # ---- model, sampler, optimizer
-    run = common.Run(args, total_steps)
+    run = run_folder.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.model, "--model", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
@@ -193,14 +195,14 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    stream = common.ProblemStream(len(problems), args.seed)
+    stream = dataset.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature}
     longest_prompt = max(map(len, prompts + eval_prompts))
     sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, longest_prompt, **sampling)
     grader = common.Grader(args.grader)
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
-    stop = common.StopRules(args, run, model, tokenizer, dtype)
+    stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
     G, [params] = args.group_size, common.count_params(model)
 

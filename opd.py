@@ -18,9 +18,11 @@ from typing import Literal
 import torch
 
 import common
+import dataset
 import parallel
 import plan
 import preflight
+import run_folder
 import telemetry
 from common import require
 from kernels import TeacherHead, TeacherLogits, fused_linear_divergence, fused_linear_logprob
@@ -72,7 +74,7 @@ class Args:
     """also log to Weights & Biases (pip install wandb)"""
 
     # prompt
-    instruction: str = common.INSTRUCTION
+    instruction: str = dataset.INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the student's chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -169,13 +171,13 @@ def main(args: Args) -> None:
         ),
     )
     common.choose_sampler(args)
-    problems = common.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
-    eval_problems = common.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=args.reward_weight > 0)
+    eval_problems = dataset.load_problems(args.eval_data, "--eval-data", True) if args.eval_every else []
     tokenizer = common.load_tokenizer(args.student, "--student")
     teacher_tokenizer = common.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
 
-    problems, [prompts, teacher_prompts] = common.render_prompts(
+    problems, [prompts, teacher_prompts] = dataset.render_prompts(
         [tokenizer, teacher_tokenizer],
         problems,
         args.instruction,
@@ -183,8 +185,8 @@ def main(args: Args) -> None:
         args.max_prompt_tokens,
         "--train-data",
     )
-    eval_prompts = [common.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
-    problem_weights = common.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
+    eval_prompts = [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in eval_problems]
+    problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     require(
         args.prompts_per_step <= len(problems),
         f"--prompts-per-step {args.prompts_per_step} is more than the "
@@ -193,7 +195,7 @@ def main(args: Args) -> None:
     total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else common.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps)
     common.seed_everything(args.seed)
     device, dtype = common.device_and_dtype(args.dtype)
     model = common.load_model(args.student, "--student", device, dtype, trainable=True, hybrid_shard=args.hybrid_shard)
@@ -217,7 +219,7 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         common.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    stream = common.ProblemStream(len(problems), args.seed)
+    stream = dataset.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
     if args.paced:
         run.consult(problems)  # eval_math.py did, for their pass rates
@@ -226,7 +228,7 @@ def main(args: Args) -> None:
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, longest_prompt, **sampling)
     grader = common.Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
-    stop = common.StopRules(args, run, model, tokenizer, dtype)
+    stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
     params, teacher_params = common.count_params(model, teacher)
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 import common
+import dataset
 import parallel
 from common import UsageError
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -81,7 +82,7 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
     check_thinking(report, teacher, student)
 
     prompts = [
-        one.tokenizer.decode(common.render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking))
+        one.tokenizer.decode(dataset.render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking))
         for one in (teacher, student)
     ]
     if prompts[0] == prompts[1]:

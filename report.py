@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import dataset
 from common import require
 
 COMPARISONS = {  # name: is the second better than the first?
@@ -45,7 +46,7 @@ def verdict(ci95: list[float]) -> str:
 def scores(out: Path, seeds: list[int], stage: str, benchmark: str) -> np.ndarray:
     """(S, P): accuracy over the samples of each problem, after `stage`, by seed."""
     folders = [out / f"seed{seed}/eval/{stage}/{benchmark}" for seed in seeds]
-    by_seed = [common.mean_rewards(str(folder / "generations.jsonl"), "--runs") for folder in folders]
+    by_seed = [dataset.mean_rewards(str(folder / "generations.jsonl"), "--runs") for folder in folders]
     return np.array([[row[problem] for problem in by_seed[0]] for row in by_seed])
 
 

@@ -47,7 +47,7 @@ class Samples:
 
     def write(self, step: int, problems, response_ids, truncated, grader=None, rewards=None, advantages=None) -> None:
         """Append the step's responses to samples.jsonl and make samples.html anew. The lists have an entry per response of
-        the batch (problems: common.Problem). Without `rewards`, `grader` marks the few where there is a reference answer.
+        the batch (problems: dataset.Problem). Without `rewards`, `grader` marks the few where there is a reference answer.
 
         What the file holds of this step or later ones comes from a run that was cut short, and is replaced."""
         if not self.due(step):

@@ -53,6 +53,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import common
+import run_folder
 from common import require
 
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
@@ -374,7 +375,7 @@ def main(args: Args):
         hidden = getattr(args, f"{role}_hidden")
         require(hidden % 32 == 0, f"--{role}-hidden {hidden}: must be a multiple of 32, the size of a head")
     dev = write_problems(args)
-    report = {"command": common.command_line(), "args": asdict(args)}
+    report = {"command": run_folder.command_line(), "args": asdict(args)}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         futures = {role: pool.submit(build, role, args, dev) for role in ("teacher", "student")}
         for role, future in futures.items():

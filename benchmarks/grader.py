@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
+import dataset  # noqa: E402
 from grader import Grader, normalize, same_at_sight  # noqa: E402
 
 PROBLEMS, RESPONSES = 512, 8
@@ -56,7 +56,7 @@ def main(paths: list[str]) -> None:
     print("| data | answers/s, first | answers/s, again | mathematics | CPU ms each |")
     print("|---|---|---|---|---|")
     for path in paths:
-        answers = [problem.answer for problem in common.load_problems(path, "FILE", need_answers=True)]
+        answers = [problem.answer for problem in dataset.load_problems(path, "FILE", need_answers=True)]
         pairs = batch(answers, 0)
         texts = [f"Adding up gives \\boxed{{{answer}}}." for _, answer in pairs]
         references = [reference for reference, _ in pairs]

@@ -28,7 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
+import run_folder  # noqa: E402
 
 # isort: split
 # after common: transformers has another meaning for the name `kernels`
@@ -138,7 +138,7 @@ def main(args: Args) -> None:
         f"{prompt} --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --rollout-batch-tokens 16384 --sample-every 10"
     )
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
-    if not common.finished(student):
+    if not run_folder.finished(student):
         run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
             f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 "
             f"--resume")  # fmt: skip

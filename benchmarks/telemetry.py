@@ -73,7 +73,7 @@ def main(script: str, words: list[str]) -> None:
         time_probe(state)
         timed(sys.modules["sampler_vllm"].VLLMSampler, "canary", FORWARD)
 
-    if_truncated = module.common.StopRules.if_truncated  # the last thing a step does
+    if_truncated = module.run_folder.StopRules.if_truncated  # the last thing a step does
 
     def end_of_step(*a):
         if_truncated(*a)
@@ -86,7 +86,7 @@ def main(script: str, words: list[str]) -> None:
                     inside[name].append(seconds)
         state.update(kind=kinds[state["count"] % len(kinds)], spent=defaultdict(float), last=clock())
 
-    module.common.StopRules.if_truncated = end_of_step
+    module.run_folder.StopRules.if_truncated = end_of_step
     module.main(args)
     total, count = sum(steps["with"]), len(steps["with"])
     on, off = (statistics.median(steps[kind]) for kind in ("with", "without"))

@@ -49,6 +49,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import dataset  # noqa: E402
+import run_folder  # noqa: E402
 from common import require  # noqa: E402
 
 
@@ -129,10 +131,10 @@ def trl_side(args: Args) -> None:
         f"--trl-micro-batch {rows_per_pass} does not divide the {rows_per_update} rows of an optimizer step",
     )
 
-    problems = common.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
-    order = common.ProblemStream(len(problems), args.seed).take(steps * prompts_per_step)  # the very order of our scripts
+    problems = dataset.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
+    order = dataset.ProblemStream(len(problems), args.seed).take(steps * prompts_per_step)  # the very order of our scripts
     chosen = [problems[i] for i in order]
-    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}], "answer": p.answer} for p in chosen])
+    trl_dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}], "answer": p.answer} for p in chosen])
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
@@ -153,13 +155,13 @@ def trl_side(args: Args) -> None:
             epsilon=0.2, epsilon_high=0.28, delta=10.0, loss_type="dapo", scale_rewards="group", **shared,
         )  # fmt: skip
         trainer = trl.GRPOTrainer(
-            model=model, reward_funcs=boxed_reward, args=config, train_dataset=dataset, processing_class=tokenizer
+            model=model, reward_funcs=boxed_reward, args=config, train_dataset=trl_dataset, processing_class=tokenizer
         )
     else:
         teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
         config = trl.DistillationConfig(beta=1.0, **shared)  # 1: reverse KL
         trainer = trl.DistillationTrainer(
-            model=model, teacher_model=teacher, args=config, train_dataset=dataset, processing_class=tokenizer
+            model=model, teacher_model=teacher, args=config, train_dataset=trl_dataset, processing_class=tokenizer
         )
         assert {p.dtype for p in trainer.teacher_model.parameters()} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
@@ -369,7 +371,7 @@ def main(args: Args) -> None:
     runs = Path(args.world).parent
     args.teacher, args.student = args.teacher or str(runs / "teacher_rl"), args.student or str(runs / "bridge")
     policies = args.grpo_model or (f"{args.world}/teacher_base", args.teacher)
-    require(common.version("trl"), "this comparison needs TRL: pip install trl==1.16.0")
+    require(run_folder.version("trl"), "this comparison needs TRL: pip install trl==1.16.0")
     require(
         Path(args.world, "train.jsonl").exists(),
         f"--world {args.world}: has no train.jsonl; run python bridge.py, or python toy.py --out {args.world}",
@@ -388,7 +390,7 @@ def main(args: Args) -> None:
     for part, policy in jobs:
         command = command_of(args, part, policy, "ours", Path("OUT"))[0]
         print("$ python " + shlex.join(command).replace(f"{ROOT}/", ""))
-    versions = {name: common.version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+    versions = {name: run_folder.version(name) for name in ("torch", "transformers", "trl", "accelerate")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `alternate` ends its two processes
     rows = []
     for threads in args.threads:

@@ -17,8 +17,9 @@ from conftest import FakeGrader  # noqa: E402
 
 import common  # noqa: E402
 import parallel  # noqa: E402
+import run_folder  # noqa: E402
 
-write_checkpoint = common.Run.checkpoint
+write_checkpoint = run_folder.Run.checkpoint
 torch.set_num_threads(1)
 common.Grader = FakeGrader  # every second response of a group is right, which random models cannot arrange by themselves
 parallel.setup()
@@ -35,7 +36,7 @@ for script, args in json.loads(sys.argv[1]):
         if step == stop_at:
             raise KeyboardInterrupt
 
-    common.Run.checkpoint = checkpoint
+    run_folder.Run.checkpoint = checkpoint
     try:
         if fail_on is None:
             module.main(module.Args(**args))

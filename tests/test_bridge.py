@@ -18,6 +18,7 @@ from conftest import ROOT, read_jsonl, write_jsonl
 
 import bridge
 import common
+import dataset
 import eval_math
 import fkl_warmup
 import grpo
@@ -92,7 +93,7 @@ def fake(monkeypatch):
         elif script == "eval_math.py":
             benchmarks = flags[flags.index("--benchmarks") + 1 : flags.index("--out")]
             for spec in benchmarks:
-                folder, right = out / common.benchmark_name(spec), round(PROBLEMS * ACCURACY[out.name])
+                folder, right = out / dataset.benchmark_name(spec), round(PROBLEMS * ACCURACY[out.name])
                 folder.mkdir(parents=True)
                 write_jsonl(
                     folder / "generations.jsonl", [{"problem": f"{i}", "reward": float(i < right)} for i in range(100)]
@@ -100,7 +101,7 @@ def fake(monkeypatch):
                 write_later(folder / "summary.json", {"command": typed})
         else:
             name, data = out.name, flag(flags, "--train-data")
-            labels = [p.text for p in common.load_problems(data, "--train-data", True)] if script == "grpo.py" else []
+            labels = [p.text for p in dataset.load_problems(data, "--train-data", True)] if script == "grpo.py" else []
             out.mkdir(parents=True, exist_ok=True)
             args = {"group_size": 8} if script == "grpo.py" else {"rollouts_per_prompt": 4} if "warmup" in script else {}
             write_jsonl(
@@ -165,8 +166,8 @@ def test_the_split_keeps_chat_prompts_and_the_loader_reads_it_back(tmp_path):
     path = write_jsonl(
         tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}] + [{"prompt": f"{i}?", "answer": "1"} for i in range(4)]
     )
-    parts = [common.load_problems(part, "--train-data", True) for part in bridge.split_labels(real(tmp_path, path))]
-    assert sorted(parts[0] + parts[1], key=str) == sorted(common.load_problems(path, "--train-data", True), key=str)
+    parts = [dataset.load_problems(part, "--train-data", True) for part in bridge.split_labels(real(tmp_path, path))]
+    assert sorted(parts[0] + parts[1], key=str) == sorted(dataset.load_problems(path, "--train-data", True), key=str)
 
 
 def test_other_training_data_in_the_same_folder_is_refused(tmp_path, fake, problems):

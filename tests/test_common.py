@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import common
+import dataset
+import run_folder
 import toy
-from common import Problem, UsageError, load_problems, load_rows, micro_batches, render_prompt, render_prompts
+from common import UsageError, micro_batches
+from dataset import Problem, load_problems, load_rows, render_prompt, render_prompts
 
 GSM8K = {"question": "How many?", "answer": "Half of 2,000 is <<2000/2=1000>>1000.\n#### 1,000"}
 
@@ -110,17 +113,17 @@ def test_a_hub_dataset_with_several_configs_asks_for_one(hub):
 
 
 def test_problem_stream_is_one_permutation_after_another():
-    stream = common.ProblemStream(7, seed=1)
+    stream = dataset.ProblemStream(7, seed=1)
     epochs = [stream.take(7) for _ in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
-    again, other = common.ProblemStream(7, seed=1), common.ProblemStream(7, seed=2)
+    again, other = dataset.ProblemStream(7, seed=1), dataset.ProblemStream(7, seed=2)
     assert again.take(7) == epochs[0] != other.take(7)
 
 
 def test_problem_stream_continues_from_a_position_and_takes_any_number_at_once():
-    whole, parts = common.ProblemStream(7, seed=1).take(40), common.ProblemStream(7, seed=1)
+    whole, parts = dataset.ProblemStream(7, seed=1).take(40), dataset.ProblemStream(7, seed=1)
     assert parts.take(3) + parts.take(4) + parts.take(20) == whole[:27] and parts.position == 27
-    resumed = common.ProblemStream(7, seed=1)
+    resumed = dataset.ProblemStream(7, seed=1)
     resumed.position = 27
     assert resumed.take(13) == whole[27:]
 
@@ -128,7 +131,7 @@ def test_problem_stream_continues_from_a_position_and_takes_any_number_at_once()
 @pytest.mark.parametrize("spec, name", [("data/test.jsonl", "test"), ("a/b.parquet", "b"), ("math500", "math500"),
                                         ("org/set:config:test", "org_set_config_test")])  # fmt: skip
 def test_benchmark_names_are_folder_names(spec, name):
-    assert common.benchmark_name(spec) == name
+    assert dataset.benchmark_name(spec) == name
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -239,7 +242,7 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
     assert record["args"]["train_data"] == data and record["args"]["max_steps"] == 2 and record["args"]["seed"] == 1
     assert record["packages"]["torch"] == torch.__version__.split("+")[0] or record["packages"]["torch"] == torch.__version__
     assert record["wall_time_s"] > 0 and record["hardware"]["cpu_threads"] == torch.get_num_threads()
-    assert common.finished(run.out) == record
+    assert run_folder.finished(run.out) == record
     tokenizer = AutoTokenizer.from_pretrained(run.out)
     assert tokenizer.chat_template == toy.CHAT_TEMPLATE and tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
 
@@ -251,10 +254,10 @@ def test_an_interrupted_run_is_not_finished_and_is_done_again(run_script, checkp
         patch.setattr(common, "save_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_script("opd", **args)
-    assert common.finished(tmp_path / "run") is None
+    assert run_folder.finished(tmp_path / "run") is None
     assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
     run = run_script("opd", **args)
-    assert common.finished(run.out) and len(run.metrics) == 2
+    assert run_folder.finished(run.out) and len(run.metrics) == 2
 
 
 @pytest.mark.parametrize("arch, tied", [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False)])

@@ -26,9 +26,9 @@ def nodes(script: str) -> list[ast.AST]:
 
 
 def literal(node):
-    """Value of a default: a literal, or a constant of common.py such as common.INSTRUCTION."""
-    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "common":
-        return next(ast.literal_eval(n.value) for n in nodes("common.py") if is_assignment(n, node.attr))
+    """Value of a default: a literal, or a constant of a module such as dataset.INSTRUCTION."""
+    if isinstance(node, ast.Attribute) and (ROOT / f"{ast.unparse(node.value)}.py").exists():
+        return next(ast.literal_eval(n.value) for n in nodes(f"{ast.unparse(node.value)}.py") if is_assignment(n, node.attr))
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -117,7 +117,7 @@ def slug(heading: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- tables and the code
-@pytest.mark.parametrize("script", [s for s in SOURCES if "common.Run(" in read(s)])
+@pytest.mark.parametrize("script", [s for s in SOURCES if "run_folder.Run(" in read(s)])
 def test_every_logged_metric_is_in_the_table_and_the_other_way_round(script):
     logged = metrics(nodes(script))
     if "common.evaluate(" in read(script):
@@ -151,7 +151,7 @@ def test_options_table_is_args(script):
     "page, header, keys",
     [
         ("docs/eval_math.md", "key", lambda: dict_keys(function("eval_math.py", "main"), "summary")),
-        ("docs/common.md", "key of `run.json`", lambda: dict_keys(nodes("common.py"), "self.record")),
+        ("docs/common.md", "key of `run.json`", lambda: dict_keys(nodes("run_folder.py"), "self.record")),
         ("docs/report.md", "field", lambda: dict_keys(function("report.py", "write"), "record")),
         (
             "docs/report.md",

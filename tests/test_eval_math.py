@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-import common
+import dataset
 import eval_math
 import toy
 from common import UsageError, bootstrap_ci95
@@ -46,7 +46,7 @@ def test_summary_equals_the_hand_computed_figures(measure):
 
 def test_every_generation_is_written(measure, data):
     rows = read_jsonl(measure() / "data" / "generations.jsonl")
-    problems = common.load_problems(data, "--benchmarks", True)[:6]
+    problems = dataset.load_problems(data, "--benchmarks", True)[:6]
     assert [(row["problem"], row["sample"]) for row in rows] == [(p.text, j) for p in problems for j in range(4)]
     assert [row["reward"] for row in rows] == [float(j < RIGHT[f"p{i}"]) for i in range(6) for j in range(4)]
     assert [row["answer"] for row in rows] == [f"p{i}" for i in range(6) for _ in range(4)]

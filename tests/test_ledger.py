@@ -8,6 +8,8 @@ from conftest import load, read_jsonl, write_jsonl
 from test_scripts import mixed_rule
 
 import common
+import dataset
+import run_folder
 
 SMALL = {"max_response_tokens": 4, "max_steps": 2, "temperature": 1.0}
 
@@ -69,7 +71,7 @@ def test_inside_its_split_a_run_is_what_it_is_without_one(run_script, fake_grade
 
 
 def read_jsonl_of(path):
-    return common.load_rows(path, "--x")
+    return dataset.load_rows(path, "--x")
 
 
 def test_dense_stages_do_not_mind_problems_outside(run_script, checkpoints, data, half):
@@ -121,7 +123,7 @@ def test_grpo_counts_what_it_passes_through_the_model(run_script, fake_grader, c
 def test_a_resumed_run_counts_as_one(run_script, fake_grader, checkpoints, data, tmp_path, monkeypatch):
     fake_grader(mixed_rule)
     whole = run_script("grpo", **grpo(checkpoints, data, max_steps=4))
-    out, log = str(tmp_path / "resumed"), common.Run.log
+    out, log = str(tmp_path / "resumed"), run_folder.Run.log
 
     def stop_at_3(self, step, *a, **kw):
         if step == 3:
@@ -129,7 +131,7 @@ def test_a_resumed_run_counts_as_one(run_script, fake_grader, checkpoints, data,
         return log(self, step, *a, **kw)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "log", stop_at_3)
+        patch.setattr(run_folder.Run, "log", stop_at_3)
         run_script("grpo", **grpo(checkpoints, data, max_steps=4, save_every=2, out=out))
     resumed = run_script("grpo", **grpo(checkpoints, data, max_steps=4, save_every=2, out=out, resume=True))
     for key in ("labels_used", "updates", "sampled_tokens", "flops"):

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, FakeGrader, read_jsonl
 from safetensors.torch import load_file
 
-import common
 import opd
+import run_folder
 from common import UsageError
 
 SMALL = {"instruction": "", "max_response_tokens": 12, "micro_batch_tokens": 60, "max_steps": 5, "learning_rate": 1e-3}
@@ -80,9 +80,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run_script, fake_grader, checkpo
     args = next(args for name, args in jobs(checkpoints, data, tmp_path / "whole") if name == script)
     whole = run_script(script, **args)
     args |= {"out": str(tmp_path / "stopped"), "save_every": 2}
-    log = common.Run.log
+    log = run_folder.Run.log
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", lambda run, step, *rest: log(run, step, *rest) if step != 4 else stop())
+        patch.setattr(run_folder.Run, "log", lambda run, step, *rest: log(run, step, *rest) if step != 4 else stop())
         with pytest.raises(KeyboardInterrupt):
             run_script(script, **args)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step_000002"]
@@ -159,7 +159,7 @@ def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path,
     with pytest.raises(UsageError, match="--resume: --seed was 1, now 7: repeat the flags"):
         run_script("opd", **args | {"resume": True, "seed": 7})
     monkeypatch.setattr(sys, "argv", [str(ROOT / "opd.py")])
-    run = common.Run(opd.Args(**args | {"resume": True, "learning_rate": 5.0, "max_steps": 1}), 1)
+    run = run_folder.Run(opd.Args(**args | {"resume": True, "learning_rate": 5.0, "max_steps": 1}), 1)
     assert "--learning-rate was 0.001, now 5.0" in capsys.readouterr().out and run.resumed_from.name == "step_000001"
 
 
@@ -177,11 +177,11 @@ def test_a_finished_run_has_nothing_to_resume(run_script, checkpoints, data, tmp
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    lock = common.lock_folder(tmp_path)
+    lock = run_folder.lock_folder(tmp_path)
     with pytest.raises(UsageError, match="another process is writing there"):
-        common.lock_folder(tmp_path)
+        run_folder.lock_folder(tmp_path)
     lock.close()
-    common.lock_folder(tmp_path)
+    run_folder.lock_folder(tmp_path)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, checkpoints):
@@ -189,13 +189,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, checkpoints):
     script = f"""
 import resource, sys
 from pathlib import Path
-import torch, checkpoint, common, opd
+import torch, checkpoint, common, dataset, opd, run_folder
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({checkpoints.student!r})
 optimizer = torch.optim.AdamW(model.parameters())
 args = opd.Args(teacher="t", student="s", out={str(tmp_path)!r}, save_every=1)
 sys.argv = ["opd.py"]
-run, stream = common.Run(args, 9), common.ProblemStream(5, 1)
+run, stream = run_folder.Run(args, 9), dataset.ProblemStream(5, 1)
 run.checkpoint(1, model, optimizer, stream)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))

@@ -8,6 +8,7 @@ from test_bad_input import assert_refused
 from transformers import GenerationConfig
 
 import common
+import dataset
 import fkl_warmup
 import opd
 import preflight
@@ -365,8 +366,8 @@ def test_problem_texts_are_probed_too(tmp_path, checkpoints):
     student = checkpoint(tmp_path / "student", edited_tokenizer(tmp_path / "student", edit))
     args = opd.Args(teacher=checkpoints.wide, student=str(student))
     tokenizers = common.load_tokenizer(args.teacher, "--teacher"), common.load_tokenizer(args.student, "--student")
-    problem = common.load_problems(write_jsonl(tmp_path / "d.jsonl", [{"problem": "9*9?"}]), "--train-data", False)
-    preflight.check_tokenizers(args, *tokenizers, common.load_problems(
+    problem = dataset.load_problems(write_jsonl(tmp_path / "d.jsonl", [{"problem": "9*9?"}]), "--train-data", False)
+    preflight.check_tokenizers(args, *tokenizers, dataset.load_problems(
         write_jsonl(tmp_path / "e.jsonl", [{"problem": "1+1?"}]), "--train-data", False))  # fmt: skip
     with pytest.raises(common.UsageError, match="probe_text: .*9\\*9"):
         preflight.check_tokenizers(args, *tokenizers, problem)

@@ -13,7 +13,7 @@ import tyro
 from conftest import ROOT, SCRIPTS
 from test_plan import CONFIGS
 
-import common
+import dataset
 import plan
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.sh"))
@@ -68,8 +68,8 @@ def test_every_command_parses_and_every_arm_is_made_and_measured(commands):
 
 
 def test_every_file_is_the_output_of_an_earlier_command(commands, monkeypatch, tmp_path):
-    problems = [common.Problem(f"{i}+1?", (), str(i + 1)) for i in range(10)]
-    monkeypatch.setattr(common, "load_problems", lambda *args, **flags: list(problems))
+    problems = [dataset.Problem(f"{i}+1?", (), str(i + 1)) for i in range(10)]
+    monkeypatch.setattr(dataset, "load_problems", lambda *args, **flags: list(problems))
     monkeypatch.chdir(tmp_path)
     assert commands[0][:2] == ["python", "-c"]
     exec(commands[0][2], {})  # the split of the labels, by the driver's own function

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import load, next_token_logits, read_jsonl, write_jsonl
 
-import common
+import run_folder
 import samples_page
 import telemetry
 import toy
-from common import Problem, RunStopped
+from common import RunStopped
+from dataset import Problem
 from kernels import TeacherHead, TeacherLogits
 from samples_page import Samples, page, token_texts
 
@@ -139,12 +140,12 @@ def test_a_nan_stops_the_run_before_it_reaches_the_weights(train, checkpoints, t
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     if where == "loss":
-        unless_finite = common.StopRules.unless_finite
+        unless_finite = run_folder.StopRules.unless_finite
 
         def nan_loss(self, step, policy_loss, **values):
             unless_finite(self, step, policy_loss=policy_loss * (float("nan") if len(updates) == 2 else 1), **values)
 
-        monkeypatch.setattr(common.StopRules, "unless_finite", nan_loss)
+        monkeypatch.setattr(run_folder.StopRules, "unless_finite", nan_loss)
     with pytest.raises(RunStopped) as stop:
         train(script, out=str(tmp_path / "run"), learning_rate=1e-3, max_steps=5)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -171,7 +172,7 @@ def test_truncated_responses_stop_the_run_after_the_patience(train, tmp_path, mo
 
 def test_the_patience_starts_again_after_a_good_step(tmp_path):
     stops = []
-    rules = object.__new__(common.StopRules)
+    rules = object.__new__(run_folder.StopRules)
     rules.args = type("Args", (), {"stop_truncated_frac": 0.5, "stop_patience": 2})
     rules.steps_truncated, rules.stop = 0, stops.append
     for step, frac in enumerate((0.6, 0.5, 0.6, 0.4, 0.6), 1):
