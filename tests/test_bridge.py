@@ -569,17 +569,19 @@ def test_killed_again_and_again_the_report_is_that_of_a_run_left_alone(tmp_path)
     def start(out):
         return subprocess.Popen([sys.executable, ROOT / "bridge.py", "--out", out, *flags], stdout=subprocess.DEVNULL)
 
-    began = time.time()
     assert start(tmp_path / "alone").wait() == 0
-    duration = time.time() - began
-    rng, kills, code = random.Random(0), 0, None
-    while code is None:
-        driver = start(tmp_path / "killed")
-        try:  # the shortest ends in imports, the longest behind several stages
-            code = driver.wait(duration * rng.uniform(0.1, 0.6))
-        except subprocess.TimeoutExpired:
-            driver.kill()
-            kills += driver.wait() == -9
-    assert code == 0 and kills >= 2
+    killed, rng = tmp_path / "killed", random.Random(0)
+    for begun in (
+        "world",
+        *(f"seed1/{stage}/metrics.jsonl" for stage in ("teacher_rl", "bridge_warmup", "bridge")),
+        "seed1/eval",
+    ):
+        driver = start(killed)
+        while driver.poll() is None and not (killed / begun).exists():
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1))  # into its steps; the measurements that follow take longer
+        driver.kill()
+        assert driver.wait() == -9, f"ended before {begun}"
+    assert start(killed).wait() == 0
     reports = [(tmp_path / run / "report.json").read_text() for run in ("alone", "killed")]
     assert reports[0] == reports[1]
