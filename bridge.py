@@ -49,29 +49,9 @@ ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
     "replay": ["teacher_rl", "bridge_warmup", "bridge", "replay"],
     "reward_free": ["reward_free"],
 }
-WORLDS = {  # settings of the embedded worlds, chosen on their dev splits (docs/bridge.md)
-    "arithmetic": {
-        "all": '--instruction "" --max-response-tokens 64',
-        "grpo": "--prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 2048 --eval-every 10",
-        "teacher_grpo": "--learning-rate 2e-4 --max-steps 40",
-        "student_grpo": "--learning-rate 2e-4 --max-steps 60",
-        "stage3": "--learning-rate 1e-4 --max-steps 40",
-        "warmup": "--learning-rate 7e-4 --micro-batch-tokens 2048 --rollouts-per-prompt 4 --rollouts-per-step 64 "
-        "--eval-every 20 --max-steps 100",
-        "opd": "--learning-rate 7e-4 --micro-batch-tokens 2048 --prompts-per-step 64 --eval-every 50 --max-steps 200",
-        "eval": "--samples 4 --temperature 1 --top-p 1 --top-k 0",
-    },
-    "swaps": {
-        "all": '--instruction "" --max-response-tokens 72',
-        "grpo": "--prompts-per-step 32 --minibatch-prompts 16 --micro-batch-tokens 4096 --eval-every 10",
-        "teacher_grpo": "--learning-rate 2e-4 --max-steps 60",
-        "student_grpo": "--learning-rate 2e-4 --max-steps 60",
-        "stage3": "--learning-rate 1e-4 --max-steps 40",
-        "warmup": "--learning-rate 7e-4 --micro-batch-tokens 4096 --rollouts-per-prompt 4 --rollouts-per-step 64 "
-        "--eval-every 20 --max-steps 100",
-        "opd": "--learning-rate 7e-4 --micro-batch-tokens 4096 --prompts-per-step 64 --eval-every 50 --max-steps 200",
-        "eval": "--samples 4 --temperature 1 --top-p 1 --top-k 0",
-    },
+WORLDS = {  # where the settings of the embedded worlds differ; all were chosen on their dev splits (docs/bridge.md)
+    "arithmetic": {"response_tokens": 64, "micro_batch_tokens": 2048, "teacher_steps": 40},
+    "swaps": {"response_tokens": 72, "micro_batch_tokens": 4096, "teacher_steps": 60},
 }
 
 
@@ -121,15 +101,23 @@ def toy_settings(args: Args) -> None:
     """Fill in an embedded world's settings; flags of the command line come last, and the last one counts."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
     args.jobs = args.jobs or min(os.cpu_count(), 4)
-    folder, flags = f"{args.out}/world", WORLDS[args.world]
+    folder, world = f"{args.out}/world", WORLDS[args.world]
     args.teacher, args.student = f"{folder}/teacher_base", f"{folder}/student_base"
     args.benchmarks = (f"{folder}/test.jsonl",)
-    shared = f"{flags['all']} --eval-data {shlex.quote(folder)}/dev.jsonl"
-    for stage in ("teacher_grpo", "student_grpo", "stage3"):
-        setattr(args, f"{stage}_flags", f"{shared} {flags['grpo']} {flags[stage]} {getattr(args, f'{stage}_flags')}")
-    args.warmup_flags = f"{shared} {flags['warmup']} {args.warmup_flags}"
-    args.opd_flags = f"{shared} {flags['opd']} {args.opd_flags}"
-    args.eval_flags = f"{flags['all']} {flags['eval']} {args.eval_flags}"
+    prompt = f'--instruction "" --max-response-tokens {world["response_tokens"]}'
+    shared, micro = (
+        f"{prompt} --eval-data {shlex.quote(folder)}/dev.jsonl",
+        f"--micro-batch-tokens {world['micro_batch_tokens']}",
+    )
+    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 {micro} --eval-every 10"
+    dense = f"{shared} --learning-rate 7e-4 {micro}"
+    warmup = f"{dense} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
+    args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps {world['teacher_steps']} {args.teacher_grpo_flags}"
+    args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
+    args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
+    args.warmup_flags = f"{warmup} --max-steps 100 {args.warmup_flags}"
+    args.opd_flags = f"{dense} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
+    args.eval_flags = f"{prompt} --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}"
 
 
 def split_labels(args: Args) -> tuple[str, str]:

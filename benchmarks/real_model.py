@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import run_folder  # noqa: E402
 
 # isort: split
-# after common: transformers has another meaning for the name `kernels`
+# behind run_folder, which imports common: transformers has another meaning for the name `kernels`
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 REMOVED = range(4, 14)  # of the runs of ten layers, the one whose loss changes the teacher's distribution least (KL 2.2)
@@ -70,7 +70,7 @@ class Args:
     dtype: str = "bfloat16"
     """compute dtype; the weights are float32"""
     jobs: int = 2
-    """stages at work at once, with as many threads each as there are CPUs for"""
+    """stages at work at once; they share the CPUs evenly"""
 
 
 def smollm2(folder: Path) -> None:
@@ -122,7 +122,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_problems(out)
     teacher, pruned, student = out / "teacher", out / "pruned", out / "student"
-    if not (pruned / "config.json").exists():
+    if not (pruned / "tokenizer.json").exists():  # the last that is written
         smollm2(teacher)
         prune(teacher, pruned)
 
@@ -133,24 +133,20 @@ def main(args: Args) -> None:
     def at(name):
         return q(str(out.resolve() / name))
 
-    prompt = f'--instruction "" --max-response-tokens 24 --temperature 0.7 --dtype {args.dtype}'
-    train = (
-        f"{prompt} --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --rollout-batch-tokens 16384 --sample-every 10"
-    )
+    prompt = f'--instruction "" --max-response-tokens 24 --rollout-batch-tokens 16384 --dtype {args.dtype}'
+    train = f"{prompt} --temperature 0.7 --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --sample-every 10"
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
     if not run_folder.finished(student):
         run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
-            f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 "
-            f"--resume")  # fmt: skip
+            f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 --resume")  # fmt: skip
     grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
            f"--learning-rate 3e-5 --eval-every 8"  # fmt: skip
     warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"
     opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 1e-4 --eval-every 8"
-    measure = f'--instruction "" --max-response-tokens 24 --dtype {args.dtype} --rollout-batch-tokens 16384 --samples 4'
     run(f"bridge.py --teacher {at('teacher')} --student {at('student')} --train-data {at('labeled.jsonl')} "
         f"--benchmarks {at('test.jsonl')} --arms {' '.join(args.arms)} --out {at('bridge')} --jobs {args.jobs} "
         f"--teacher-grpo-flags={q(grpo)} --student-grpo-flags={q(grpo)} --stage3-flags={q(grpo)} "
-        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(measure)}",
+        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} --samples 4')}",
         OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))  # fmt: skip
 
 
