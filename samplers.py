@@ -15,8 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import parallel
 
@@ -74,6 +84,34 @@ class GrowingLayer(DynamicLayer):
             self.buffers[which] = buffer
         buffer[..., length:total, :] = new
         return buffer[..., :total, :]
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' sdpa attention without its copies: for each new token it repeats all cached keys and values, once for
+    every query head that shares them. Those queries attend here as if they were several tokens of one head."""
+    rows, heads, q, D = query.shape
+    if q > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query = query.reshape(rows, key.shape[1], -1, D)  # (rows, KV, heads / KV, D)
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return attended.reshape(rows, q, heads, D), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+@contextlib.contextmanager
+def grouped(model):
+    """Within, a model that attends by sdpa does so by grouped_attention."""
+    before = model.config._attn_implementation
+    if before == "sdpa":
+        model.set_attn_implementation("grouped")
+    try:
+        yield
+    finally:
+        if before == "sdpa":
+            model.set_attn_implementation(before)
 
 
 def random_numbers(seed: tuple[int, ...], count: int):
@@ -140,7 +178,7 @@ class HFSampler(Sampler):
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
         responses = [None] * (len(prompts) * n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with parallel.gathered(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
+        with parallel.gathered(self.model), grouped(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
             while order:
                 rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
                 row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
@@ -175,10 +213,9 @@ class HFSampler(Sampler):
         ids = torch.full((B * n, T), self.pad_id, device=self.device)
         logprobs = torch.zeros((B * n, T), device=self.device)
         noise = torch.from_numpy(np.stack([random_numbers(s, 0 if self.greedy else T) for s in seeds])).to(self.device)
-        lengths = torch.full((B * n,), T, device=self.device)
-        truncated = torch.ones(B * n, dtype=torch.bool, device=self.device)
         live = torch.arange(B * n, device=self.device)  # output row of each row still in the batch
         running = torch.ones(B * n, dtype=torch.bool, device=self.device)  # of the rows still in the batch
+        left = B * n
         for t in range(T):
             scores = logits.float() if logits.dtype != torch.float64 else logits
             log_p = torch.log_softmax(self.warpers(None, scores), dim=-1)  # (rows, V)
@@ -188,15 +225,12 @@ class HFSampler(Sampler):
                 cumulative = log_p.double().exp().cumsum(-1)  # (rows, V)
                 threshold = noise[live, t, None] * cumulative[:, -1:]
                 token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)
-            ids[live, t] = token  # rows that have ended are still written to; `lengths` cuts them off
+            ids[live, t] = token  # rows that have ended are still written to, behind their EOS
             logprobs[live, t] = log_p.gather(-1, token[:, None])[:, 0].float()
-            ended = running & torch.isin(token, self.eos_ids)
-            lengths[live[ended]] = t + 1
-            truncated[live[ended]] = False
-            running = running & ~ended
-            left = int(running.sum())
+            running = running & ~torch.isin(token, self.eos_ids)
+            before, left = left, int(running.sum())
             if progress is not None:
-                progress.update(int(ended.sum()))
+                progress.update(before - left)
             if left == 0 or t == T - 1:
                 break
             if left <= 0.75 * len(live):  # dropping rows copies the cache, so not for each one
@@ -208,7 +242,10 @@ class HFSampler(Sampler):
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(token[:, None], mask if padded else None, position, cache)
         if progress is not None:
-            progress.update(int(truncated.sum()))
+            progress.update(left)
+        eos = torch.isin(ids[:, : t + 1], self.eos_ids)
+        truncated = ~eos.any(-1)
+        lengths = torch.where(truncated, t + 1, eos.int().argmax(-1) + 1)  # the first EOS ends a response
         columns = zip(ids.tolist(), logprobs.tolist(), lengths.tolist(), truncated.tolist(), strict=True)
         return [make_response(row[:length], logp[:length], cut, self.tokenizer_size) for row, logp, length, cut in columns]
 

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import common
+import samplers
 import toy
 from samplers import GrowingLayer, HFSampler
 
@@ -49,6 +50,24 @@ def test_sampler_logprobs_equal_the_recomputed_ones(monkeypatch, arch, tied, tem
     responses = sampler.sample(PROMPTS, 8)
     assert len({len(r.ids) for r in responses}) > 3 and shrunk, "rows should end and leave at different times"
     assert_logprobs(model, PROMPTS, responses, 8, temperature)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_queries_that_share_a_key_value_head_attend_without_copies_of_it(monkeypatch, arch):
+    """Two queries for each of two heads, so that a wrong order of the four is seen; padded prompts and equal ones."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = random_model(arch, **heads).double()
+    sampler = HFSampler(model, toy.make_tokenizer(), torch.float64, max_response_tokens=24)
+    attend, seen = samplers.scaled_dot_product_attention, []
+
+    def recording(query, key, value, **kwargs):
+        seen.append((query.shape[1:3], key.shape[1]))
+        return attend(query, key, value, **kwargs)
+
+    monkeypatch.setattr(samplers, "scaled_dot_product_attention", recording)
+    for prompts in (PROMPTS, PROMPTS[1:2]):
+        assert_logprobs(model, prompts, sampler.sample(prompts, 4), 4, tolerance=1e-6)
+    assert set(seen) == {((2, 2), 2)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -205,12 +224,16 @@ def test_a_response_does_not_depend_on_the_batch_it_was_sampled_in():
     assert runs[0] == runs[1] == runs[2] and len({str(ids) for ids in runs[0]}) > 20
 
 
-def test_sampling_leaves_the_model_as_it_was():
+def test_sampling_leaves_the_model_as_it_was(monkeypatch):
     model, sampler = make(T=2)
     for training in (True, False):
         model.train(training)
         responses = sampler.sample(PROMPTS, 1)
         assert model.training == training and all(p.grad is None for p in model.parameters()) and len(responses) == 6
+    monkeypatch.setattr(sampler, "_sample_batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler.sample(PROMPTS, 1)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_update_weights_takes_the_new_model():
