@@ -310,7 +310,7 @@ def main(args: Args) -> None:
         policy_loss, forward_kl, reverse_kl, entropy, teacher_entropy = (sums[:5] / tokens).tolist()
         early, middle, late = (sums[5:8] / sums[8:11].clamp(min=1)).tolist()
         overlap, student_mass, teacher_mass = (sums[11:14] / sums[14]).tolist()
-        run.spend(updates=1, flops=sum(lengths) * (6 * params + 2 * teacher_params))
+        run.spend(updates=int(weight_sum > 0), flops=sum(lengths) * (6 * params + 2 * teacher_params))
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(row["truncated"] for row in batch) / len(batch),

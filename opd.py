@@ -362,7 +362,7 @@ def main(args: Args) -> None:
         early, middle, late = (sums[6:9] / sums[9:12].clamp(min=1)).tolist()
         overlap, student_mass, teacher_mass = (sums[12:15] / sums[15]).tolist()
         read = tokens + sum(len(prompts[i]) for i in batch)  # by the student when it samples and trains, and by the teacher
-        run.spend(updates=1, sampled_tokens=tokens, flops=read * ((2 + 6) * params + 2 * teacher_params))
+        run.spend(updates=int(weight_sum > 0), sampled_tokens=tokens, flops=read * ((2 + 6) * params + 2 * teacher_params))
         metrics = {
             "charts/response_length": tokens / len(batch),
             "charts/truncated_frac": sum(r.truncated for r in responses) / len(batch),

@@ -188,6 +188,7 @@ def test_a_step_of_wrong_responses_changes_nothing(run_script, fake_grader, chec
     assert [row["charts/reward"] for row in two.metrics] == [1, 0]
     assert two.metrics[1]["losses/grad_norm"] == two.metrics[1]["losses/policy_loss"] == 0
     assert two.metrics[1]["losses/reverse_kl"] > 0, "it is still measured"
+    assert two.record["updates"] == one.record["updates"] == 1, "and is no update"
     assert_unchanged(two.out, one.out)
 
 
