@@ -90,7 +90,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     """transformers' sdpa attention without its copies: for each new token it repeats all cached keys and values, once for
     every query head that shares them. Those queries attend here as if they were several tokens of one head."""
     rows, heads, q, D = query.shape
-    if q > 1:
+    if q > 1 or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query = query.reshape(rows, key.shape[1], -1, D)  # (rows, KV, heads / KV, D)
     attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
