@@ -44,6 +44,7 @@ ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
     "no_warmup": ["teacher_rl", "no_warmup"],
     "no_opd": ["teacher_rl", "no_opd"],
     "sft": ["teacher_rl", "sft"],
+    "long_grpo": ["long_grpo"],
     "bridge_grpo": ["teacher_rl", "bridge_warmup", "bridge", "bridge_grpo"],
     "cold_grpo": ["cold_grpo"],
     "replay": ["teacher_rl", "bridge_warmup", "bridge", "replay"],
@@ -70,7 +71,7 @@ class Args:
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
-    """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft bridge_grpo cold_grpo replay reward_free"""
+    """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay reward_free"""
     teacher_grpo_flags: str = ""
     """more flags for grpo.py on the teacher, in one string"""
     student_grpo_flags: str = ""
@@ -173,6 +174,10 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         return f"--max-steps {total} --rollouts-per-prompt {rollouts}"
 
+    def long_grpo():  # direct_grpo, to as many FLOPs as the bridge has cost
+        flops = sum(made(name)["flops"] for name in bridge)
+        return grpo("long_grpo", student, train, f"{args.student_grpo_flags} --max-steps 1000000 --max-flops {flops}")
+
     def reward_free():  # that its responses do not end is what it is to show
         return f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}"
 
@@ -189,6 +194,7 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         "no_warmup": (bridge, lambda: opd("no_warmup", rl, student, updates("bridge_warmup", "bridge"))),
         "no_opd": (bridge, lambda: warmup("no_opd", rl, no_opd())),
         "sft": (bridge, lambda: warmup("sft", rl, f"--loss ce {no_opd()}")),
+        "long_grpo": (bridge, long_grpo),
         "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
         "reward_free": (bridge, lambda: opd("reward_free", teacher, student, reward_free())),
     }

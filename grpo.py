@@ -107,6 +107,8 @@ class Args:
     """passes over the problems"""
     max_steps: int | None = None
     """stop after so many steps instead"""
+    max_flops: float | None = None
+    """stop behind the step that brings the FLOPs to this, as run.json counts them"""
     minibatch_prompts: int = 128
     """problems per optimizer step; divides prompts_per_step"""
     micro_batch_tokens: int = 16384
@@ -146,7 +148,7 @@ def main(args: Args) -> None:
     require(args.group_size >= 2, f"--group-size {args.group_size}: a group of one has no baseline; use 2 or more")
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     sizes = "prompts_per_step minibatch_prompts max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
-    sizes += "epochs max_steps micro_batch_tokens learning_rate keep_last stop_patience"
+    sizes += "epochs max_steps max_flops micro_batch_tokens learning_rate keep_last stop_patience"
     common.require_positive(args, sizes)
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(
@@ -180,6 +182,7 @@ def main(args: Args) -> None:
         f"--prompts-per-step {args.prompts_per_step} is more than the "
         f"{len(problems)} problems of --train-data; use at most that",
     )
+    budget = args.max_flops or float("inf")
     total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
 
     # ---- model, sampler, optimizer
@@ -213,6 +216,8 @@ def main(args: Args) -> None:
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
     for step in range(start + 1, total_steps + 1):
+        if run.spent["flops"] >= budget:
+            break
         step_start = time.time()
 
         # ---- rollout: a group of responses per problem, and their rewards
@@ -379,7 +384,8 @@ def main(args: Args) -> None:
             "time/sync": sync_time,
             "time/step": step_time,
         }
-        if args.eval_every and (step % args.eval_every == 0 or step == total_steps):
+        last = step == total_steps or run.spent["flops"] >= budget
+        if args.eval_every and (step % args.eval_every == 0 or last):
             metrics |= evaluate(step)
         run.log(
             step,

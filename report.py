@@ -23,6 +23,7 @@ from common import require
 COMPARISONS = {  # name: is the second better than the first?
     "raw_teacher < direct_grpo": "a teacher without RL is worth less than RL on the student",
     "direct_grpo < bridge": "the labels are better spent on the teacher",
+    "long_grpo < bridge": "control: at as many FLOPs too",
     "no_warmup < bridge": "the forward-KL warmup pays, at as many updates",
     "no_opd < bridge": "on-policy distillation pays, at as many updates",
     "replay < bridge_grpo": "stage 3 is more than further updates",

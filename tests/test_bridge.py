@@ -29,9 +29,9 @@ from common import UsageError
 
 ACCURACY = {"base": 0.1, "teacher_base": 0.3, "teacher_rl": 0.9, "direct_grpo": 0.5, "raw_teacher_warmup": 0.2,
             "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85, "cold_grpo": 0.4,
-            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "replay": 0.8, "reward_free": 0.05}  # fmt: skip
+            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "long_grpo": 0.7, "replay": 0.8, "reward_free": 0.05}  # fmt: skip
 TRAINED = ["teacher_rl", "direct_grpo", "raw_teacher_warmup", "bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
-CONTROLS = ["cold_grpo", "no_warmup", "no_opd", "sft", "replay", "reward_free"]
+CONTROLS = ["cold_grpo", "no_warmup", "no_opd", "sft", "long_grpo", "replay", "reward_free"]
 UPDATES = {"teacher_rl": 8, "bridge_warmup": 3, "bridge": 7, "bridge_grpo": 5}
 PROBLEMS = 100  # of every benchmark; problem i is right after a stage when i < 100 times its accuracy
 
@@ -315,6 +315,8 @@ def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, f
               for name, c in made.items()}  # fmt: skip
     for name in ("no_warmup", "no_opd", "sft", "reward_free"):
         assert parsed[name].max_steps == UPDATES["bridge_warmup"] + UPDATES["bridge"] and parsed[name].student == "small"
+    assert parsed["long_grpo"].max_flops == 3e15 and parsed["long_grpo"].max_steps > 10**5, "its three stages cost 1e15 each"
+    assert parsed["long_grpo"].model == "small" and parsed["long_grpo"].train_data == parsed["direct_grpo"].train_data
     assert parsed["replay"].max_steps == UPDATES["bridge_grpo"] and parsed["replay"].student == f"{out}/bridge"
     assert parsed["no_opd"].rollouts_per_prompt == parsed["sft"].rollouts_per_prompt == 16  # 4 x ceil(10 / 3)
     assert (parsed["sft"].loss, parsed["no_opd"].loss, parsed["reward_free"].loss) == ("ce", "forward_kl", "reward_free")
@@ -536,7 +538,8 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
 def test_readme_shows_the_recorded_reports(world):
     record = json.loads((ROOT / f"benchmarks/results/{world}.json").read_text())
     assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
-    assert set(record["arms"]) == set(bridge.ARMS) and len(record["seeds"]) == 3
+    younger = {"long_grpo"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
+    assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
 
 def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, monkeypatch):

@@ -120,6 +120,26 @@ def test_grpo_counts_what_it_passes_through_the_model(run_script, fake_grader, c
     assert P * (2 * (sampled + asked) + 6 * sum(trained)) < run.record["flops"] < most
 
 
+def test_a_budget_of_flops_ends_the_run_behind_the_step_that_reaches_it(
+    run_script, fake_grader, checkpoints, data, tmp_path, monkeypatch
+):
+    fake_grader(mixed_rule)
+    whole = run_script("grpo", **grpo(checkpoints, data, max_steps=3))
+    bounds = {"max_steps": 9, "max_flops": float(whole.record["flops"]), "eval_every": 9, "eval_data": data}
+    bound = run_script("grpo", **grpo(checkpoints, data, **bounds))
+    assert [row["step"] for row in bound.metrics] == [0, 1, 2, 3] and "eval/accuracy" in bound.metrics[3]
+    assert bound.record["flops"] == whole.record["flops"]
+    a_little_more = run_script("grpo", **grpo(checkpoints, data, **bounds | {"max_flops": whole.record["flops"] + 1.0}))
+    assert len(a_little_more.metrics) == 5
+
+    out = str(tmp_path / "resumed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_script("grpo", **grpo(checkpoints, data, **bounds, save_every=3, out=out))
+    resumed = run_script("grpo", **grpo(checkpoints, data, **bounds, save_every=3, out=out, resume=True))
+    assert resumed.record["flops"] == whole.record["flops"], "nothing is left to do"
+
+
 def test_a_resumed_run_counts_as_one(run_script, fake_grader, checkpoints, data, tmp_path, monkeypatch):
     fake_grader(mixed_rule)
     whole = run_script("grpo", **grpo(checkpoints, data, max_steps=4))
