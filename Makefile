@@ -1,5 +1,5 @@
 # make demo   the whole recipe on the embedded world, into runs/demo/ (about 4.5 minutes on 2 cores after installation)
-# make study  all arms, three seeds, both embedded worlds; then README's tables and plots from it (under an hour on 2 idle cores)
+# make study  all arms, three seeds, both embedded worlds; then README's tables and plots from it (about an hour on 2 idle cores)
 # make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
 # make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
 # make env-vllm   adds vLLM's CPU build where there is no GPU; without it the tests of the vllm sampler are skipped

@@ -71,7 +71,8 @@ class Args:
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
-    """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay reward_free"""
+    """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay
+    reward_free"""
     teacher_grpo_flags: str = ""
     """more flags for grpo.py on the teacher, in one string"""
     student_grpo_flags: str = ""
