@@ -167,17 +167,19 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
     def made(stage):
         return run_folder.finished(f"{args.out}/seed{seed}/{stage}")
 
+    def spent(key, *names):
+        return sum(made(name)[key] for name in names)
+
     def updates(*names):
-        return f"--max-steps {sum(made(name)['updates'] for name in names)}"
+        return f"--max-steps {spent('updates', *names)}"
 
     def no_opd():  # rollouts in proportion, so that each is seen as often as in the warmup
-        first, total = made("bridge_warmup"), made("bridge_warmup")["updates"] + made("bridge")["updates"]
+        first, total = made("bridge_warmup"), spent("updates", "bridge_warmup", "bridge")
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         return f"--max-steps {total} --rollouts-per-prompt {rollouts}"
 
-    def long_grpo():  # direct_grpo, to as many FLOPs as the bridge has cost
-        flops = sum(made(name)["flops"] for name in bridge)
-        return grpo("long_grpo", student, train, f"{args.student_grpo_flags} --max-steps 1000000 --max-flops {flops}")
+    def long_grpo():  # direct_grpo, bounded by nothing but the FLOPs that the bridge has cost
+        return f"{args.student_grpo_flags} --max-steps 1000000 --max-flops {spent('flops', *bridge)}"
 
     def reward_free():  # that its responses do not end is what it is to show
         return f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}"
@@ -195,7 +197,7 @@ def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tupl
         "no_warmup": (bridge, lambda: opd("no_warmup", rl, student, updates("bridge_warmup", "bridge"))),
         "no_opd": (bridge, lambda: warmup("no_opd", rl, no_opd())),
         "sft": (bridge, lambda: warmup("sft", rl, f"--loss ce {no_opd()}")),
-        "long_grpo": (bridge, long_grpo),
+        "long_grpo": (bridge, lambda: grpo("long_grpo", student, train, long_grpo())),
         "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
         "reward_free": (bridge, lambda: opd("reward_free", teacher, student, reward_free())),
     }

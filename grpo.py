@@ -182,7 +182,6 @@ def main(args: Args) -> None:
         f"--prompts-per-step {args.prompts_per_step} is more than the "
         f"{len(problems)} problems of --train-data; use at most that",
     )
-    budget = args.max_flops or float("inf")
     total_steps = args.max_steps or -(-args.epochs * len(problems) // args.prompts_per_step)  # the last one wraps around
 
     # ---- model, sampler, optimizer
@@ -215,9 +214,13 @@ def main(args: Args) -> None:
 
     if args.eval_every and start == 0:
         run.log(0, evaluate(0))
-    for step in range(start + 1, total_steps + 1):
-        if run.spent["flops"] >= budget:
-            break
+
+    def over(step):
+        return step >= total_steps or (args.max_flops is not None and run.spent["flops"] >= args.max_flops)
+
+    step = start
+    while not over(step):
+        step += 1
         step_start = time.time()
 
         # ---- rollout: a group of responses per problem, and their rewards
@@ -384,8 +387,7 @@ def main(args: Args) -> None:
             "time/sync": sync_time,
             "time/step": step_time,
         }
-        last = step == total_steps or run.spent["flops"] >= budget
-        if args.eval_every and (step % args.eval_every == 0 or last):
+        if args.eval_every and (step % args.eval_every == 0 or over(step)):
             metrics |= evaluate(step)
         run.log(
             step,

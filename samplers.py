@@ -104,14 +104,14 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 @contextlib.contextmanager
 def grouped(model):
     """Within, a model that attends by sdpa does so by grouped_attention."""
-    before = model.config._attn_implementation
-    if before == "sdpa":
-        model.set_attn_implementation("grouped")
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("grouped")
     try:
         yield
     finally:
-        if before == "sdpa":
-            model.set_attn_implementation(before)
+        model.set_attn_implementation("sdpa")
 
 
 def random_numbers(seed: tuple[int, ...], count: int):
