@@ -29,12 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import checkpoint
-import common
-import dataset
-import report
-import run_folder
-from common import require
+from infra import checkpoint, cli, dataset, report, run_folder
+from infra.cli import require
 
 ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
     "base": [],
@@ -277,7 +273,7 @@ def main(args: Args) -> None:
     arms = list(ARMS) if "all" in args.arms else list(args.arms)
     require(set(arms) <= set(ARMS), f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
-    common.require_positive(args, "seeds jobs nproc")
+    cli.require_positive(args, "seeds jobs nproc")
     out, q, embedded = Path(args.out), shlex.quote, not args.teacher
     if embedded:
         require(
@@ -332,4 +328,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    cli.run(main, Args)

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 import common
-import dataset
-import parallel
-import run_folder
-from common import require
+from infra import cli, dataset, models, parallel, run_folder
+from infra.bootstrap import bootstrap_ci95
+from infra.cli import require
+from infra.grader import Grader
 
 HUB = {
     "math500": "HuggingFaceH4/MATH-500:default:test",
@@ -105,7 +105,7 @@ def compare(folder_a: str, folder_b: str) -> dict[str, dict]:
         difference = np.array([a[name][problem] - b[name][problem] for problem in a[name]])  # (P,)
         report[name] = {
             "difference": float(difference.mean()),
-            "ci95": common.bootstrap_ci95(difference),
+            "ci95": bootstrap_ci95(difference),
             "problems": len(difference),
         }
     return report
@@ -122,7 +122,7 @@ def main(args: Args) -> None:
 
     # ---- check what was typed, before anything expensive
     require(args.model, "--model: give a checkpoint to measure, or --compare A B")
-    common.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
+    cli.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     common.choose_sampler(args, training=False)
     names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
@@ -136,11 +136,11 @@ def main(args: Args) -> None:
             HUB.get(name, name), "--benchmarks", need_answers=True
         )[: args.limit]
     out = run_folder.make_out(args.out or Path("results") / Path(args.model).name)
-    tokenizer = common.load_tokenizer(args.model, "--model")
-    device, dtype = common.device_and_dtype(args.dtype)
+    tokenizer = models.load_tokenizer(args.model, "--model")
+    device, dtype = models.device_and_dtype(args.dtype)
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
-        model = common.load_model(args.model, "--model", device, dtype, trainable=False)
+        model = models.load_model(args.model, "--model", device, dtype, trainable=False)
     rendered = {
         name: [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
         for name, problems in benchmarks.items()
@@ -152,8 +152,6 @@ def main(args: Args) -> None:
         tokenizer,
         dtype,
         longest_prompt=max(len(prompt) for prompts in rendered.values() for prompt in prompts),
-        max_response_tokens=args.max_response_tokens,
-        temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
     )
@@ -161,18 +159,18 @@ def main(args: Args) -> None:
     for name, problems in benchmarks.items():
         start = time.time()
         prompts = rendered[name]
-        with common.progress_bar(len(prompts) * args.samples, name, "response") as bar:
+        with cli.progress_bar(len(prompts) * args.samples, name, "response") as bar:
             responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)
-        with common.Grader(args.grader) as grader:
-            answers = [p.answer for p in problems for _ in range(args.samples)]
-            rewards = common.grade(grader, tokenizer, [r.ids for r in responses], answers)
+        with Grader(args.grader) as grader:
+            of_response = [p for p in problems for _ in range(args.samples)]
+            rewards = common.grade(grader, tokenizer, [r.ids for r in responses], of_response)
         if parallel.rank():
             continue
         by_problem = np.array(rewards).reshape(-1, args.samples)  # (P, samples)
         powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < args.samples] + [args.samples]
         summary = {
             "accuracy": float(by_problem.mean()),  # avg@samples
-            "ci95": common.bootstrap_ci95(by_problem.mean(1)),
+            "ci95": bootstrap_ci95(by_problem.mean(1)),
             "pass_at_k": {k: pass_at_k(by_problem, k) for k in powers},
             "truncated_frac": float(np.mean([r.truncated for r in responses])),
             "response_length": float(np.mean([len(r.ids) for r in responses])),
@@ -213,4 +211,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    cli.run(main, Args)

@@ -52,9 +52,8 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-import common
-import run_folder
-from common import require
+from infra import cli, run_folder
+from infra.cli import require
 
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -388,4 +387,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    cli.run(main, Args)

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-import common
-import dataset
-import parallel
-from common import UsageError
+from infra import dataset, parallel
+from infra.batches import response_hidden
+from infra.cli import UsageError
+from infra.hub import explain_missing, from_hub
+from infra.models import autocast, device_and_dtype
+from infra.sampler import eos_token_ids
+from infra.sampler_hf import HFSampler
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
-from samplers import HFSampler, autocast, eos_token_ids
 
 PROBE = (
     "The answer is $\\frac{3}{4}$, so \\boxed{0.75}.",
@@ -100,11 +102,11 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
 def facts(flag: str, path: str, tokenizer, thinking: bool) -> SimpleNamespace:
     """What the checks need of one model: ids that end its responses, what its template puts where."""
     try:
-        config = common.from_hub(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), path)
+        config = from_hub(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), path)
     except (OSError, ValueError) as error:
-        raise common.explain_missing(flag, path, error) from None
+        raise explain_missing(flag, path, error) from None
     try:
-        generation_config = common.from_hub(lambda: GenerationConfig.from_pretrained(path), path)
+        generation_config = from_hub(lambda: GenerationConfig.from_pretrained(path), path)
     except OSError:  # there is no generation_config.json: transformers takes the model's config
         generation_config = GenerationConfig.from_model_config(config)
     stops = eos_token_ids(generation_config.eos_token_id, tokenizer)
@@ -250,12 +252,15 @@ def check_thinking(report, teacher, student) -> None:
 
 
 @torch.no_grad()
-def check_models(args, report, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, warmup=False) -> None:
-    """Short responses to the first of `prompts`, greedy ones of the teacher and sampled ones of the student.
+def check_models(
+    args, report, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, warmup=False
+) -> None:
+    """Short responses to the first of `prompts`, greedy ones of the teacher and sampled ones of the student. What was found
+    goes into the run.json of `run`; under --preflight-only there is none, and this is the end.
 
     warmup: the run is itself the warmup, so a large KL is no warning. Draws from generators of its own, so training is
     the same with and without. Raises UsageError unless args.force where a model is broken or disagrees with itself."""
-    dtype = common.device_and_dtype(args.dtype)[1]
+    dtype = device_and_dtype(args.dtype)[1]
     prompts, teacher_prompts = prompts[:SAMPLES], teacher_prompts[:SAMPLES]
     sampling = {
         "max_response_tokens": min(args.max_response_tokens, SAMPLE_TOKENS),
@@ -266,7 +271,7 @@ def check_models(args, report, model, teacher, tokenizer, teacher_tokenizer, pro
 
     def hidden(one, prompts, responses):
         with autocast(teacher.device, dtype):
-            return common.response_hidden(one, prompts, [r.ids for r in responses])  # (N, H), (V, H), (N,)
+            return response_hidden(one, prompts, [r.ids for r in responses])  # (N, H), (V, H), (N,)
 
     def teacher_logprob(prompts):
         states, head, ids = hidden(teacher, prompts, greedy)
@@ -327,11 +332,10 @@ def check_models(args, report, model, teacher, tokenizer, teacher_tokenizer, pro
             f"fkl_warmup.py first and give its checkpoint as --student",
         )
     report.settle()
-
-
-def record(report: Report) -> dict:
-    """What run.json keeps."""
-    return {"forced": report.forced, "warnings": report.warnings, **report.figures}
+    if args.preflight_only:
+        print("preflight: nothing stands in the way" if not report.forced else "preflight: goes on by --force alone")
+        raise SystemExit(0)
+    run.note(preflight={"forced": report.forced, "warnings": report.warnings, **figures})
 
 
 def shorten(text: str, most: int = 300) -> str:

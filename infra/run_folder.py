@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import common
-import parallel
-from common import RunStopped, UsageError, require
-from dataset import ProblemStream, load_problems
+from infra import checkpoint, parallel
+from infra.cli import RunStopped, UsageError, progress_bar, require
+from infra.dataset import ProblemStream, load_problems
+from infra.models import save_model
 
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
 
@@ -95,7 +94,7 @@ class Run:
         last_step = checkpoint.step(self.resumed_from)
         keep_metrics(self.out, last_step)
         self.metrics = (self.out / "metrics.jsonl").open("a")
-        self.bar = common.progress_bar(total_steps, self.out.name, "step")
+        self.bar = progress_bar(total_steps, self.out.name, "step")
         if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -158,8 +157,8 @@ class Run:
     def _write_record(self):
         (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
 
-    def log(self, step: int, metrics: dict[str, float], bar: str = "") -> None:
-        """Append one object to metrics.jsonl. `bar` is the text behind the progress bar."""
+    def log(self, step: int, metrics: dict[str, float], watched: str | None = None) -> None:
+        """Append one object to metrics.jsonl. `watched` is the metric to show behind the progress bar."""
         if parallel.rank():
             return
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -169,14 +168,17 @@ class Run:
                 self.tensorboard.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        self.bar.set_postfix_str(bar, refresh=False)
+        if watched:
+            shown = f"{watched.split('/')[1]} {metrics.get(watched, float('nan')):.4f}, "
+            shown += f"{metrics['charts/response_length']:.0f} tokens, {metrics['charts/tokens_per_sec']:.0f} tok/s"
+            self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def finish(self, model=None, tokenizer=None, dtype=None, **extra) -> None:
         """Save the model (if one is given), then mark run.json finished: the last write of a run. Nothing is left to
         resume, so the checkpoints go."""
         if model is not None:
-            common.save_model(model, tokenizer, self.out, dtype)
+            save_model(model, tokenizer, self.out, dtype)
         if parallel.rank():
             return
         self.bar.close()
@@ -264,7 +266,7 @@ class StopRules:
         sampler.on_stale = self.stop
 
     def stop(self, reason: str) -> None:
-        common.save_model(*self.saved)
+        save_model(*self.saved)
         self.run.note(stopped=reason)
         raise RunStopped(f"stopped at {reason}. Saved the weights so far to {self.run.out}/")
 
@@ -282,7 +284,7 @@ def version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except OSError:

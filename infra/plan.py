@@ -16,8 +16,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import common
-import parallel
+from infra import parallel
+from infra.cli import UsageError, require
+from infra.hub import explain_missing, from_hub
+from infra.models import autocast, device_and_dtype
 from kernels.linear import WORKSPACE_BYTES
 
 PROMPT_TOKENS = 256
@@ -39,11 +41,11 @@ class Sizes:
     @staticmethod
     def read(path: str, flag: str) -> "Sizes":
         try:
-            config = common.from_hub(lambda: AutoConfig.from_pretrained(path), path)
+            config = from_hub(lambda: AutoConfig.from_pretrained(path), path)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except (OSError, ValueError) as error:
-            raise common.explain_missing(flag, path, error) from None
+            raise explain_missing(flag, path, error) from None
         params = sum(p.numel() for p in model.parameters())
         layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
         kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
@@ -66,7 +68,7 @@ class Hardware:
         gpus, cuda = parallel.world_size(), torch.cuda.is_available() or bool(args.plan_gpu)
         if args.plan_gpu:
             match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)GB", args.plan_gpu)
-            common.require(match, f"--plan-gpu {args.plan_gpu}: write it as 80GB, or 8x80GB for eight of them")
+            require(match, f"--plan-gpu {args.plan_gpu}: write it as 80GB, or 8x80GB for eight of them")
             gpus, memory = int(match[1] or gpus), float(match[2]) * GB
         elif cuda:
             memory = torch.cuda.get_device_properties(0).total_memory
@@ -90,7 +92,7 @@ class Workload:
 
 def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too."""
-    compute = 2 if common.device_and_dtype(args.dtype)[1] == torch.bfloat16 or (hw.cuda and args.dtype == "auto") else 4
+    compute = 2 if device_and_dtype(args.dtype)[1] == torch.bfloat16 or (hw.cuda and args.dtype == "auto") else 4
     compute, master = (8, 8) if args.dtype == "float64" else (compute, 4)
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
     length = PROMPT_TOKENS + args.max_response_tokens
@@ -198,7 +200,7 @@ def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: in
         return tensor
 
     master = torch.float32 if dtype == torch.bfloat16 and not sharded else dtype
-    with FakeTensorMode(), common.autocast(torch.device("cpu"), dtype):
+    with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
         model = AutoModelForCausalLM.from_config(config, dtype=master)
         input_ids = torch.zeros((rows, length), dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -228,19 +230,17 @@ def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
     }
 
 
-def check(args, work_of) -> None:
-    """Under --plan print what the command needs and exit. Otherwise raise UsageError if it cannot fit this hardware.
-
-    `work_of()` returns the script's Workload; reading it raises UsageError if a model's config cannot be read."""
-    work, hw = work_of(), Hardware.find(args)
+def check(args, work: Workload) -> None:
+    """Under --plan print what the command needs and exit. Otherwise raise UsageError if it cannot fit this hardware."""
+    hw = Hardware.find(args)
     phases = estimate(args, work, hw)
     peak = peak_bytes(phases)
     if args.plan:
         print(render(args, work, hw, phases))
         raise SystemExit(0)
     shortage = vllm_shortage(args, work, hw)
-    common.require(not shortage, shortage)
-    common.require(
+    require(not shortage, shortage)
+    require(
         peak <= hw.bytes * MARGIN,
         f"needs about {peak / GB:.1f} GB per {'GPU' if hw.cuda else 'process'}, there are {hw.bytes / GB:.1f}: "
         f"{advice(args, work, hw)} (--plan prints the whole count)",

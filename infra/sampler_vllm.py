@@ -1,5 +1,5 @@
 # docs/samplers.md
-"""The vllm sampler: an engine in the trainer's own process and on its GPU, behind the contract of samplers.py.
+"""The vllm sampler: an engine in the trainer's own process and on its GPU, behind the contract of sampler.py.
 
 The engine holds a copy of the weights. `update_weights` writes the trainer's into it, and every rollout proves it: a fixed
 probe is sampled among its prompts, and the log-probabilities that the engine gives it must be the trainer's (the canary), or
@@ -15,9 +15,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-import parallel  # noqa: E402
-from common import RunStopped  # noqa: E402
-from samplers import Response, Sampler, autocast, eos_token_ids, make_response  # noqa: E402
+from infra import parallel  # noqa: E402
+from infra.cli import RunStopped  # noqa: E402
+from infra.models import autocast  # noqa: E402
+from infra.sampler import Response, Sampler, eos_token_ids, make_response  # noqa: E402
 
 PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
 PROBE_ROOM = 176  # tokens that fit into the engine whatever the run's own lengths are; blocks have 16 on most GPUs

@@ -1,17 +1,7 @@
 # docs/samplers.md
-"""Samplers: prompts in, responses out, both as token ids; text is never tokenized again. The contract:
-
-sample(prompts, n, seed)  n responses per prompt, with the log-probability of each sampled id and whether it was cut
-update_weights(model)     sample from these weights from now on
-sleep()                   the sampler's memory is free for training until update_weights
-
-A sampler keeps no random state: the same weights, prompts and seed give the same responses, on any number of ranks, in
-a resumed run as in an uninterrupted one. The hf sampler is here, the vllm sampler in sampler_vllm.py, which alone
-imports vllm.
-"""
+"""The hf sampler: a live transformers model with a KV cache, behind the contract of sampler.py."""
 
 import contextlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,34 +18,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import parallel
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    """bfloat16 compute over float32 master weights; nothing for the other dtypes."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext()
-
-
-def eos_token_ids(configured: int | list[int] | None, tokenizer) -> list[int]:
-    """Every id that ends a response: the tokenizer's eos and those of the generation config."""
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
-
-
-class Response(NamedTuple):
-    ids: list[int]  # sampled token ids, the final EOS included; none after it
-    sampler_logprobs: list[float]  # log p of each id under the sampling distribution
-    truncated: bool  # hit max_response_tokens without an EOS, or was cut
-    out_of_vocab: bool = False  # cut before an id that no token has
-
-
-def make_response(ids: list[int], logprobs: list[float], truncated: bool, tokenizer_size: int) -> Response:
-    """A response, cut before the first id beyond the tokenizer: heads are padded to a round number of rows, and nothing
-    keeps the padding's probability at 0. Such an id has no text, and a teacher with another padding has no row for it."""
-    if max(ids) < tokenizer_size:
-        return Response(ids, logprobs, truncated)
-    cut = next(t for t, token in enumerate(ids) if token >= tokenizer_size)
-    return Response(ids[:cut], logprobs[:cut], truncated=True, out_of_vocab=True)
+from infra import parallel
+from infra.models import autocast
+from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers
 
 
 class GrowingLayer(DynamicLayer):
@@ -112,26 +77,6 @@ def grouped(model):
         yield
     finally:
         model.set_attn_implementation("sdpa")
-
-
-def random_numbers(seed: tuple[int, ...], count: int):
-    """`count` uniform numbers in [0, 1), float64, of the stream that `seed` names."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(count)
-
-
-class Sampler:
-    """What both samplers do: divide the prompts over the ranks, and gather the responses."""
-
-    ranks_per_engine = 1  # consecutive ranks that answer together
-
-    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
-        """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
-        (*seed, i, j). Every rank passes the same prompts, answers its share and gets all the responses. `progress` is a
-        tqdm over responses."""
-        engine, engines = parallel.rank() // self.ranks_per_engine, parallel.world_size() // self.ranks_per_engine
-        mine = range(engine, len(prompts), engines)
-        responses = self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress)
-        return parallel.gather_interleaved(responses, n, self.ranks_per_engine)
 
 
 class HFSampler(Sampler):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-import parallel
+from infra import parallel
 
 
 def whole(out: str | Path) -> list[Path]:

@@ -6,7 +6,7 @@ A difference is paired: the same problems, and the same seeds where stages are s
 that draws seeds and problems independently of each other, with replacement; a verdict needs the whole interval on one
 side of 0. With three seeds that is a cautious one: one draw in nine has the same seed three times.
 
-    python report.py --runs runs/arithmetic runs/swaps
+    python -m infra.report --runs runs/arithmetic runs/swaps
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-import dataset
-from common import require
+from infra import cli, dataset
+from infra.bootstrap import bootstrap_ci95
+from infra.cli import require
 
 COMPARISONS = {  # name: is the second better than the first?
     "raw_teacher < direct_grpo": "a teacher without RL is worth less than RL on the student",
@@ -55,7 +55,7 @@ def measured(values: np.ndarray) -> dict:
     """Accuracy of one stage or arm: values (S, P)."""
     by_seed = values.mean(1)
     se = float(by_seed.std(ddof=1) / len(by_seed) ** 0.5) if len(by_seed) > 1 else None
-    return {"accuracy": float(values.mean()), "se": se, "ci95": common.bootstrap_ci95(values), "by_seed": by_seed.tolist()}
+    return {"accuracy": float(values.mean()), "se": se, "ci95": bootstrap_ci95(values), "by_seed": by_seed.tolist()}
 
 
 def cost(out: Path, seeds: list[int], stages: list[str]) -> dict:
@@ -80,7 +80,7 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
         low, high = name.split(" < ")
         if low in values and high in values:
             difference = values[high] - values[low]
-            ci95 = common.bootstrap_ci95(difference)
+            ci95 = bootstrap_ci95(difference)
             found[name] = {"difference": float(difference.mean()), "ci95": ci95, "verdict": verdict(ci95)}
     return found
 
@@ -194,7 +194,7 @@ def plot(out: Path, record: dict) -> None:
 
 def main(args: Args) -> None:
     """Put the reports of finished runs where the project shows them: README.md between its markers, docs/, results."""
-    root = Path(__file__).parent
+    root = Path(__file__).parent.parent
     readme, results = root / "README.md", root / "benchmarks/results"
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
@@ -210,4 +210,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    cli.run(main, Args)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UsageError, first_line, from_hub, require
-from grader import reference_answer
+from infra.cli import UsageError, require
+from infra.grader import reference_answer
+from infra.hub import first_line, from_hub
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -46,14 +47,17 @@ def load_rows(spec: str, flag: str) -> list[dict]:
         ) from None
 
 
-def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
-    """Distinct problems of a dataset, in its order. Raises UsageError for a missing column or an empty dataset."""
+def load_problems(spec: str, flag: str, need_answers: bool, prompt_column=None, answer_column=None) -> list[Problem]:
+    """Distinct problems of a dataset, in its order; without column names, from the first of the usual ones that it has.
+    Raises UsageError for a missing column or an empty dataset."""
     rows = load_rows(spec, flag)
     require(rows, f"{flag} {spec}: the dataset is empty; give one with at least one problem")
     require(all(isinstance(row, dict) for row in rows), f"{flag} {spec}: every line must be a JSON object")
     columns = sorted(rows[0])
-    text_key = next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
-    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt; it has {', '.join(columns)}")
+    for column, name in ((prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")):
+        require(column is None or column in rows[0], f"{name} {column}: {flag} {spec} has only {', '.join(columns)}")
+    text_key = prompt_column or next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
+    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt (or --prompt-column); it has {', '.join(columns)}")
     problems = {}
     for number, row in enumerate(rows, 1):
         prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
@@ -65,7 +69,7 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
             f"{flag} {spec}: row {number}: {text_key} must be a text or a list of chat messages",
         )
         truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-        candidates = (row.get("answer"), row.get("solution"), truth)
+        candidates = (row.get(answer_column),) if answer_column else (row.get("answer"), row.get("solution"), truth)
         answer = next((candidate for candidate in candidates if candidate is not None), None)
         answer = None if answer is None else reference_answer(str(answer))
         problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
@@ -75,7 +79,7 @@ def load_problems(spec: str, flag: str, need_answers: bool) -> list[Problem]:
         require(
             labeled,
             f"{flag} {spec}: needs a column answer, solution or reward_model.ground_truth with the "
-            f"reference answers; it has {', '.join(columns)}",
+            f"reference answers (or --answer-column); it has {', '.join(columns)}",
         )
         if len(labeled) < len(problems):
             print(f"{flag} {spec}: {len(problems) - len(labeled)} problems without an answer left out")
@@ -119,16 +123,18 @@ def render_prompt(tokenizer, problem: Problem, instruction: str, thinking: bool)
     )
 
 
-def render_prompts(tokenizers, problems, instruction, thinking, max_prompt_tokens: int | None, flag: str):
-    """Render every problem with each of the (tokenizer, thinking) pairs; a problem too long for any one is dropped.
+def render_prompts(args, problems, tokenizers, thinking):
+    """Render every problem of --train-data with each tokenizer; a problem too long for any one of them is dropped. thinking:
+    whether that tokenizer's template opens a thinking block.
 
     Returns (kept problems, [prompt ids of the kept problems] for each tokenizer). Raises UsageError if none is left."""
+    flag, max_prompt_tokens = "--train-data", args.max_prompt_tokens
     rendered = [
-        [render_prompt(tok, p, instruction, think) for p in problems]
+        [render_prompt(tok, p, args.instruction, think) for p in problems]
         for tok, think in zip(tokenizers, thinking, strict=True)
     ]
     longest = [max(lengths) for lengths in zip(*[[len(ids) for ids in one] for one in rendered], strict=True)]
-    keep = [i for i, length in enumerate(longest) if max_prompt_tokens is None or length <= max_prompt_tokens]
+    keep = [i for i, length in enumerate(longest) if length <= max_prompt_tokens]
     require(
         keep,
         f"{flag}: all {len(problems)} prompts are longer than --max-prompt-tokens {max_prompt_tokens} "

@@ -1,11 +1,12 @@
 # docs/telemetry.md
 """Early signs of trouble at next to no cost: repetition, KL by position, overlap of the models' top tokens.
 
-Each gives sums, which the scripts add up over micro-batches and divide once, as they do with the losses."""
+Each enters sums into the step's Meter, which divides once, over all micro-batches and ranks."""
 
 import torch
 
-from kernels import TeacherLogits
+from infra.meter import Meter
+from kernels import DivergenceStats, TeacherLogits
 
 TOP_K = 8
 OVERLAP_TOKENS = 256  # positions a step at which the top tokens are compared, at most one in 16
@@ -18,6 +19,41 @@ def repetition(responses: list[list[int]]) -> float:
         grams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return sum(shares) / len(shares)
+
+
+def of_responses(responses) -> dict[str, float]:
+    """Metrics of what was sampled: means over the `Response`s."""
+    return {
+        "charts/response_length": sum(len(r.ids) for r in responses) / len(responses),
+        "charts/truncated_frac": sum(r.truncated for r in responses) / len(responses),
+        "charts/repetition": repetition([r.ids for r in responses]),
+    }
+
+
+def add_divergences(meter: Meter, stats: DivergenceStats, watched: str, lengths: list[int]) -> None:
+    """Both KLs, both entropies, and the `watched` KL by thirds of the responses, whose `lengths` pack the rows of `stats`."""
+    meter.add("losses/reverse_kl", stats.reverse_kl)
+    meter.add("losses/forward_kl", stats.forward_kl)
+    meter.add("losses/entropy", stats.student_entropy)
+    meter.add("losses/teacher_entropy", stats.teacher_entropy)
+    thirds = sums_by_third(getattr(stats, watched), lengths)
+    for k, part in enumerate(("early", "middle", "late")):
+        meter.add(f"losses/{watched}_{part}", thirds[k], float(thirds[3 + k]))
+
+
+def add_sampler_difference(meter: Meter, logprobs: torch.Tensor, sampler_logprobs: torch.Tensor) -> None:
+    """How far the trainer's log-probabilities (N,) of the sampled tokens are from those that the sampler reported."""
+    difference = (logprobs.detach() - sampler_logprobs).abs()
+    meter.add("debug/sampler_logprob_diff_mean", difference)
+    meter.max("debug/sampler_logprob_diff_max", difference)
+
+
+def add_overlap(meter: Meter, hidden, head, target, temperature: float, tokens: int) -> None:
+    """Overlap of the likeliest tokens of student and teacher, and the probability that either gives to what they share;
+    arguments as in `top_k_sums`."""
+    shared, student_mass, teacher_mass, count = top_k_sums(hidden, head, target, temperature, tokens)
+    for name, value in (("", shared), ("_mass", student_mass), ("_teacher_mass", teacher_mass)):
+        meter.add(f"debug/topk_overlap{name}", value, float(count))
 
 
 def sums_by_third(values, lengths: list[int]):

@@ -3,14 +3,14 @@
 
 samples = Samples(run.out, tokenizer, every=20, colour_by="reverse_kl")
 samples.keep(step, micro_batch, response_ids, reverse_kl=stats.reverse_kl)   # in the loop over micro-batches
-samples.write(step, problems, response_ids, truncated, grader)               # once a step
+samples.write(step, problems, responses, grader)                             # once a step
 """
 
 import json
 from html import escape
 from pathlib import Path
 
-import parallel
+from infra import parallel
 
 RESPONSES = 4  # the first of a step's batch
 PAGE_STEPS = 6  # the page shows the first sampled step and the latest others; samples.jsonl has them all
@@ -45,13 +45,17 @@ class Samples:
             if k < RESPONSES:
                 self.kept[k] = {name: [round(v, 4) for v in rows[j].tolist()] for name, rows in split.items()}
 
-    def write(self, step: int, problems, response_ids, truncated, grader=None, rewards=None, advantages=None) -> None:
-        """Append the step's responses to samples.jsonl and make samples.html anew. The lists have an entry per response of
-        the batch (problems: dataset.Problem). Without `rewards`, `grader` marks the few where there is a reference answer.
+    def write(self, step: int, problems, responses, grader=None, rewards=None, advantages=None) -> None:
+        """Append the step's first responses to samples.jsonl and make samples.html anew. The lists have an entry per response
+        of the batch (dataset.Problem, sampler.Response). Without `rewards`, `grader` marks the few where there is a reference
+        answer. The colour "surprisal" needs no `keep`: it is that of the sampler.
 
         What the file holds of this step or later ones comes from a run that was cut short, and is replaced."""
         if not self.due(step):
             return
+        if self.colour_by == "surprisal":
+            shown = enumerate(responses[:RESPONSES])
+            self.kept = {k: {"surprisal": [round(-value, 4) for value in r.sampler_logprobs]} for k, r in shown}
         kept, self.kept = parallel.merge(self.kept), {}
         if parallel.rank():
             return
@@ -59,7 +63,7 @@ class Samples:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
         rows = [row for row in rows if row["step"] < step]
         for k in sorted(kept):
-            tokens = token_texts(self.tokenizer, response_ids[k])
+            tokens = token_texts(self.tokenizer, responses[k].ids)
             response, reward = "".join(tokens), rewards[k] if rewards is not None else None
             if rewards is None and problems[k].answer:
                 [reward] = grader.grade([response], [problems[k].answer])
@@ -67,7 +71,7 @@ class Samples:
                 "step": step,
                 "problem": problems[k].text,
                 "response": response,
-                "truncated": bool(truncated[k]),
+                "truncated": bool(responses[k].truncated),
                 "reward": None if reward is None else float(reward),
                 "advantage": None if advantages is None else round(float(advantages[k]), 4),
                 "tokens": tokens,
