@@ -148,6 +148,10 @@ class Run:
         itself left out (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
         self.spent.update(updates=updates, sampled_tokens=sampled_tokens, flops=flops)
 
+    def over(self, max_flops: float | None) -> bool:
+        """Whether that many FLOPs are spent; never for None."""
+        return max_flops is not None and self.spent["flops"] >= max_flops
+
     def note(self, **entries) -> None:
         """Add entries to run.json."""
         self.record |= entries
