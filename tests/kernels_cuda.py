@@ -12,7 +12,7 @@ from kernels import (
     fused_linear_divergence,
     fused_linear_logprob,
 )
-from kernels.divergence import reference_divergence
+from kernels.divergence_torch import reference_divergence
 from kernels.logprob import reference_logprob
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]

@@ -10,7 +10,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`
 
 import torch
 
-from kernels.divergence import Formula, block_loss, reference_divergence, torch_grad, torch_stats
+from kernels.divergence import Formula, block_loss
+from kernels.divergence_torch import reference_divergence, torch_grad, torch_stats
 from kernels.divergence_triton import triton_grad, triton_stats
 from kernels.linear import empty_logits
 from kernels.logprob import reference_logprob

@@ -5,12 +5,14 @@ one): kernels_interpret.py runs them on the CPU, kernels_aot.py compiles them fo
 GPU, kernels_cuda.py compares whole losses.
 """
 
+import ast
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import torch
 from torch.autograd import gradcheck
 
 import kernels.divergence
+import kernels.divergence_torch
 import kernels.linear
 import kernels.logprob
 from kernels import (
@@ -30,7 +33,7 @@ from kernels import (
     fused_linear_logprob,
     head_weight,
 )
-from kernels.divergence import reference_divergence
+from kernels.divergence_torch import reference_divergence
 from kernels.linear import rows_per_chunk
 from kernels.logprob import reference_logprob
 
@@ -323,7 +326,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 
     whole = everything()
     for rows in (1, 4):
-        monkeypatch.setitem(kernels.divergence.BLOCK_ELEMENTS, "cpu", rows * V)
+        monkeypatch.setitem(kernels.divergence_torch.BLOCK_ELEMENTS, "cpu", rows * V)
         for value, expected in zip(everything(), whole, strict=True):
             torch.testing.assert_close(value, expected)
 
@@ -720,6 +723,21 @@ def test_logprob_edge_values():
         logprobs, entropy = fused_linear_logprob(x, head, torch.zeros(rows).long())
         (logprobs.sum() + entropy.sum()).backward()
         assert (logprobs == 0).all() and (entropy == 0).all() and (head.grad == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_import_circle():
+    """Imports inside functions count too."""
+    imports = {}
+    for path in (ROOT / "kernels").glob("[!_]*.py"):
+        names = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        imports[f"kernels.{path.stem}"] = {name for name in names if name.startswith("kernels")}
+    order = list(TopologicalSorter(imports).static_order())  # raises CycleError
+    assert set(order) == set(imports) and order.index("kernels.divergence_triton") < order.index("kernels.divergence")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
