@@ -14,9 +14,10 @@ The gradient of weight D with respect to the student's logits before their divis
     forward_kl   (p_s - p_t) weight / T
     reverse_kl   p_s (gap - E_s[gap]) weight / T,   gap = z_s - z_t                   the normalisers cancel
     jsd          (1 - jsd_beta) p_s (log p_s - log m - KL(p_s || m)) weight / T
+    a function   (g - p_s sum_v g_v) weight / T,   g = dD / d log p_s, by autograd
 
 It is computed in the forward pass, while a chunk's logits are at hand: four matrix products in all, two that make the
-logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives all three.
+logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives them.
 """
 
 import sys
@@ -98,15 +99,15 @@ def topk_target(teacher, target):  # (r, K), (r, 1) -> (r, 1)
 
 
 class Formula(NamedTuple):
-    kind: str
+    kind: str | Callable
     jsd_beta: float
     inv_t: float
-    weight_fn: Callable | None
 
 
-def choose_leaves(teacher, device, dtype):
+def choose_leaves(kind, teacher, device, dtype):
     """(stats leaf, grad leaf, how many logits they take at a time)."""
-    if device.type == "cuda" and dtype == torch.float32 and not isinstance(teacher, TeacherTopK):
+    in_torch = callable(kind) or isinstance(teacher, TeacherTopK) or dtype != torch.float32
+    if device.type == "cuda" and not in_torch:
         try:
             from kernels.divergence_triton import triton_grad, triton_stats
 
@@ -121,7 +122,7 @@ def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
 
     Writes the gradient with respect to zs to dz (r, V), which may be the memory of zs itself.
     """
-    kind, jsd_beta, inv_t, weight_fn = formula
+    kind, jsd_beta, inv_t = formula
     stats_leaf, grad_leaf, _ = leaves
     topk = isinstance(teacher, TeacherTopK)
     us, ut, logit_scale = zs, teacher, inv_t
@@ -141,8 +142,6 @@ def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
         stats.append(ut.gather(1, bucket).to(weight.dtype) * logit_scale - leaf.teacher_log_z)
     stats = DivergenceStats(*(s.squeeze(1) for s in stats))
 
-    if weight_fn is not None:
-        weight = weight * weight_fn(stats).detach()
     if dz is not None:
         scale = (weight * inv_t).unsqueeze(1)  # (r, 1)
         if topk:
@@ -160,12 +159,12 @@ def take(x, rows):
     return x._make(t[rows] for t in x) if isinstance(x, TeacherTopK) else None if x is None else x[rows]
 
 
-def logits_reader(hidden_or_logits, head, V, C, dtype, operand):
+def logits_reader(hidden_or_logits, head, V, C, dtype, operand, width):
     """-> the head as the products read it (None for logits), and a function from rows to their logits (c, V)."""
     if head is None:
         return None, lambda rows: hidden_or_logits[rows, :V]
     head = head[:V].to(operand)
-    buffer = empty_logits(C, V, dtype, head.device)
+    buffer = empty_logits(C, V, dtype, head.device)[:, :width]
 
     def read(rows):
         hidden = hidden_or_logits[rows].to(operand)  # (c, H)
@@ -200,26 +199,27 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     in_place = head is not None and device.type == "cpu"
     bytes_per_row = V * (2 * dtype.itemsize + (0 if in_place else operand.itemsize))
     C = rows_per_chunk(n, bytes_per_row, workspace_bytes, device)
-    leaves = choose_leaves(teacher, device, dtype)
+    leaves = choose_leaves(formula.kind, teacher, device, dtype)
     B = min(C, max(1, leaves[2] // V))
+    width = V if leaves[0] is torch_stats else None  # the padding of our buffers is for Triton
 
-    student_head, read_student = logits_reader(student, head, V, C, dtype, operand)
+    student_head, read_student = logits_reader(student, head, V, C, dtype, operand, width)
     if isinstance(teacher, TeacherTopK):
 
         def read_teacher(rows):
             return take(teacher, rows)
 
     elif isinstance(teacher, TeacherLogits):
-        _, read_teacher = logits_reader(teacher.logits, None, V, C, dtype, None)
+        _, read_teacher = logits_reader(teacher.logits, None, V, C, dtype, None, width)
     else:
         teacher_operand = operand_dtype(teacher.hidden)
         if result_dtype(teacher_operand) != dtype:
             teacher_operand = dtype
-        _, read_teacher = logits_reader(teacher.hidden, teacher.weight, V, C, dtype, teacher_operand)
+        _, read_teacher = logits_reader(teacher.hidden, teacher.weight, V, C, dtype, teacher_operand, width)
     dstudent = torch.zeros_like(student) if needs_student else None
     dhead = torch.zeros_like(head, dtype=dtype) if needs_head else None
     if any(needs_grad) and head is not None and not in_place:
-        dz_buffer = empty_logits(C, V, operand, device)
+        dz_buffer = empty_logits(C, V, operand, device)[:, :width]
 
     # Weighted divergence and statistics of every row, 0 where masked. One table: small results kept from block to block
     # would each pin a hole in the heap where a block's temporaries were.
@@ -245,10 +245,10 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     return losses.sum(), DivergenceStats(*stats), dstudent, dhead
 
 
-def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes):
+def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes):
     """Checks what the caller passed, computes loss and gradients, and ties them into autograd."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind not in KINDS and not callable(kind):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, or a function; got {kind!r}")
     if not 0 <= jsd_beta <= 1:
         raise ValueError(f"jsd_beta must lie between 0 (forward KL) and 1 (reverse KL); got {jsd_beta}")
     if not temperature > 0:
@@ -269,7 +269,7 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
         raise ValueError(f"TeacherTopK needs ids and logprobs of one shape; got {shapes[0]} and {shapes[1]}")
     if kind == "jsd" and jsd_beta in (0, 1):
         kind = "reverse_kl" if jsd_beta else "forward_kl"  # the limits; the formula itself gives 0 there
-    formula = Formula(kind, float(jsd_beta), 1 / temperature, weight_fn)
+    formula = Formula(kind, float(jsd_beta), 1 / temperature)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head)]
     operand = operand_dtype(student)  # reads the autocast state, which the products below must not see
     teacher_type = type(teacher)
@@ -298,7 +298,6 @@ def fused_linear_divergence(
     jsd_beta=0.5,
     temperature=1.0,
     target_ids=None,
-    weight_fn=None,
     workspace_bytes=None,
 ):
     """sum_n weight[n] D(student_n, teacher_n) over the full vocabulary, without the (N, V) logits.
@@ -309,12 +308,11 @@ def fused_linear_divergence(
         teacher: `TeacherHead`, `TeacherLogits` or `TeacherTopK`; it gets no gradient. Where the vocabularies differ in
             size, the ids that both have are the vocabulary, and the rest of the head's gradient is 0.
         weight: (N,) constants: mask, 1 / token count, importance weights, of any sign. Rows of weight 0 cost nothing.
-        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
+        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "jsd", or a function of the
+            two models' log-probabilities at temperature T, (log_p_student, log_p_teacher), both (r, V), -> (r,). See below.
         jsd_beta: weight of the teacher in the mixture; at 0 and 1 "jsd" is the forward and the reverse KL.
         temperature: divides both models' logits (a `TeacherTopK` is taken as it is); there is no factor T^2.
         target_ids: (N,) int64, the ids whose log-probabilities to report in the statistics.
-        weight_fn: `DivergenceStats` of some rows -> (rows,) constants that multiply their weight. It sees any subset
-            of the rows, so it must treat each row by itself.
         workspace_bytes: room for one chunk's logits and their gradient; `linear.WORKSPACE_BYTES` by default. It
             changes speed and memory, not the result.
 
@@ -326,15 +324,21 @@ def fused_linear_divergence(
     A logit of -inf in both models counts 0. In the teacher alone, where the student has mass, it makes the reverse KL
     infinite and its gradient useless; in the student alone, likewise for the forward KL.
 
+    A function as `kind` gets r of the rows at a time, any of them, so it must treat each row by itself: a sum or a mean
+    over rows would depend on how they were cut. It is written in torch, in fp32 (fp64 for fp64 inputs), and autograd
+    differentiates it in log_p_student, which it must not change in place; nothing else gets a gradient. log 0 comes as
+    -1e18, so that 0 (log 0 - log 0) is 0 in its value and its gradient; where a built-in kind is infinite, the same
+    formula as a function is very large. With a `TeacherTopK` V is K + 1: the K ids, and last the tail. It is called
+    again by a second backward through a retained graph. On a GPU it runs as plain torch, without the Triton leaves.
+
     The gradients are computed here, so the loss can be scaled and added to others but not differentiated twice.
 
-    Raises `ValueError` for an unknown kind, an impossible jsd_beta or temperature, row counts that differ, a weight
-    that requires grad, and a DTensor.
+    Raises `ValueError` for an unknown kind, a function whose result has another shape or no gradient, an impossible
+    jsd_beta or temperature, row counts that differ, a weight that requires grad, and a DTensor.
     """
     return divergence(
-        student_hidden, student_weight, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn,
-        workspace_bytes,
-    )  # fmt: skip
+        student_hidden, student_weight, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes
+    )
 
 
 def divergence_from_logits(
@@ -346,13 +350,10 @@ def divergence_from_logits(
     jsd_beta=0.5,
     temperature=1.0,
     target_ids=None,
-    weight_fn=None,
     workspace_bytes=None,
 ):
     """`fused_linear_divergence` for callers who have the student's logits (N, V) already.
 
     Two passes over the logits, the gradient (N, V) in their dtype, and nothing else of that size.
     """
-    return divergence(
-        student_logits, None, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes
-    )
+    return divergence(student_logits, None, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes)

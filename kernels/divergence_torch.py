@@ -12,6 +12,8 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 # The torch leaves work on a few rows at a time: on a CPU, one of 151,936 logits for each thread, their temporaries then
 # stay in the cache (six rows take twice the time a row).
 BLOCK_ELEMENTS = {"cpu": torch.get_num_threads() << 18, "cuda": 1 << 26}
+# What a divergence of the caller's own gets for log 0: with -inf, 0 (log 0 - log 0) is nan. Its square is finite in fp32.
+LOG_ZERO = -1e18
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +92,15 @@ def torch_stats(zs, zt, kind, jsd_beta, inv_t):  # (r, V), (r, V) -> Leaf
         divergence, saved = forward_kl, (ps, pt)
     elif kind == "reverse_kl":
         divergence, saved = reverse_kl, (ps, gap, gap_s)
+    elif callable(kind):
+        log_ps = (zs - log_z_s).clamp_(min=LOG_ZERO).requires_grad_()
+        log_pt = (zt - log_z_t).clamp_(min=LOG_ZERO)
+        with torch.enable_grad():
+            result = kind(log_ps, log_pt)  # (r,)
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        if shape != (len(zs),):
+            raise ValueError(f"kind must turn log-probabilities {tuple(zs.shape)} into ({len(zs)},); it returned {shape}")
+        divergence, saved = result.detach().to(dtype).unsqueeze(1), (ps, log_ps, result)
     else:
         # log p_s - log m = -log(1 - beta + beta p_t / p_s) by d = log p_s - log p_t alone: exactly 0 at d = 0, and no
         # probability is taken the logarithm of. Beyond |d| = 80 one of the two is below 1e-34: the clamp is not seen.
@@ -106,6 +117,12 @@ def torch_grad(leaf, scale, kind, jsd_beta, out):  # scale (r, 1) = weight / T, 
     if kind == "forward_kl":
         ps, pt = leaf.saved
         out.copy_((ps - pt).mul_(scale))
+    elif callable(kind):
+        ps, log_ps, result = leaf.saved
+        if not result.requires_grad:
+            raise ValueError("kind's result does not depend on log_p_student: there is no gradient")
+        (score,) = torch.autograd.grad(result, log_ps, scale.squeeze(1).to(result.dtype))
+        out.copy_(torch.addcmul(score, ps, score.sum(-1, keepdim=True), value=-1))
     else:
         ps, score, mean_score = leaf.saved
         out.copy_((score - mean_score).mul_(ps).mul_(scale * (1 - jsd_beta) if kind == "jsd" else scale))
