@@ -17,7 +17,8 @@ The gradient of weight D with respect to the student's logits before their divis
     a function   (g - p_s sum_v g_v) weight / T,   g = dD / d log p_s, by autograd
 
 It is computed in the forward pass, while a chunk's logits are at hand: four matrix products in all, two that make the
-logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives them.
+logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives the gradients;
+divergence_torch.py and divergence_triton.py compute divergences and gradients, block by block.
 """
 
 import sys

@@ -67,6 +67,13 @@ for V, dtype in ((1000, torch.float32), (151669, torch.bfloat16), (151936, torch
             grads = torch.autograd.grad(loss, zs), torch.autograd.grad(expected, zs64)
             check(*grads, tolerance, f"{what}, logits' gradient")
 
+    own_kl = lambda log_ps, log_pt: (log_ps.exp() * (log_ps - log_pt)).sum(-1)  # noqa: E731
+    for teacher in (TeacherHead(target, teacher_head), TeacherLogits(zt)):
+        loss, _ = fused_linear_divergence(x, head, teacher, weight=weight, kind=own_kl)
+        expected = (weight * reference_divergence(x64 @ head64.T, zt, "reverse_kl")).sum()
+        grads = torch.autograd.grad(loss, (x, head)), torch.autograd.grad(expected, (x64, head64))
+        check(*grads, tolerance, f"V = {V}, a function, gradient")
+
     logprobs, topk_ids = zt.log_softmax(-1).topk(32)
     loss, _ = fused_linear_divergence(x, head, TeacherTopK(topk_ids, logprobs.float()), weight=weight)
     cpu = [t.detach().double().cpu() for t in (x, head, logprobs, weight)]
