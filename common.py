@@ -157,9 +157,10 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` things, `per_step` of them a step as `flag` says; the last step wraps around. Raises
-    UsageError if a step would need more than there are."""
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} there are; use at most that")
+    """Steps of a run over `count` problems, `per_step` of them a step, as `flag` says; the last step wraps around. A step
+    may be larger than the data, as with few labels: it then passes over the problems again, with fresh samples."""
+    if per_step > count:
+        print(f"{flag} {per_step}: a step passes over the {count} problems {per_step / count:.1f} times, sampling anew")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from infra import cli, dataset
-from infra.bootstrap import bootstrap_ci95
+from infra import cli, dataset, frontier
+from infra.bootstrap import bootstrap_ci95, verdict
 from infra.cli import require
 
 COMPARISONS = {  # name: is the second better than the first?
@@ -40,14 +40,10 @@ class Args:
     """output folders of bridge.py; their reports go into README.md, docs/ and benchmarks/results/"""
 
 
-def verdict(ci95: list[float]) -> str:
-    return "holds" if ci95[0] > 0 else "reversed" if ci95[1] < 0 else "not resolved"
-
-
-def scores(out: Path, seeds: list[int], stage: str, benchmark: str) -> np.ndarray:
-    """(S, P): accuracy over the samples of each problem, after `stage`, by seed."""
-    folders = [out / f"seed{seed}/eval/{stage}/{benchmark}" for seed in seeds]
-    by_seed = [dataset.mean_rewards(str(folder / "generations.jsonl"), "--runs") for folder in folders]
+def scores(folders: list[Path], benchmark: str) -> np.ndarray:
+    """(S, P): accuracy over the samples of each problem, from one stage's folder a seed."""
+    files = [folder.parent / "eval" / folder.name / benchmark / "generations.jsonl" for folder in folders]
+    by_seed = [dataset.mean_rewards(str(file), "--runs") for file in files]
     return np.array([[row[problem] for problem in by_seed[0]] for row in by_seed])
 
 
@@ -58,18 +54,19 @@ def measured(values: np.ndarray) -> dict:
     return {"accuracy": float(values.mean()), "se": se, "ci95": bootstrap_ci95(values), "by_seed": by_seed.tolist()}
 
 
-def cost(out: Path, seeds: list[int], stages: list[str]) -> dict:
-    """What the stages have used, summed, as a mean over seeds: distinct labels, updates, sampled tokens, FLOPs."""
+def cost(folders: list[list[Path]]) -> dict:
+    """What stages have used, summed, as a mean over seeds: distinct labels, updates, sampled tokens, FLOPs. folders: those
+    of the stages, a list a seed."""
     total = {"labels_used": 0, "rl_updates": 0, "dense_updates": 0, "sampled_tokens": 0, "flops": 0}
-    for seed in seeds:
+    for stages in folders:
         labels = set()
-        for stage in stages:
-            run = json.loads((out / f"seed{seed}/{stage}/run.json").read_text())
-            labels |= set(json.loads((out / f"seed{seed}/{stage}/labels.json").read_text()))
+        for folder in stages:
+            run = json.loads((folder / "run.json").read_text())
+            labels |= set(json.loads((folder / "labels.json").read_text()))
             kind = "rl_updates" if "group_size" in run["args"] else "dense_updates"
             for key, value in ((kind, "updates"), ("sampled_tokens", "sampled_tokens"), ("flops", "flops")):
-                total[key] += run[value] / len(seeds)
-        total["labels_used"] += len(labels) / len(seeds)
+                total[key] += run[value] / len(folders)
+        total["labels_used"] += len(labels) / len(folders)
     return {key: round(value) for key, value in total.items()}
 
 
@@ -85,16 +82,23 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
     return found
 
 
-def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, list[str]], stages: list[str]) -> None:
-    """Write report.json, report.md and report.png into `out`. arms: {arm: the stages it rests on, its own last}."""
-
+def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int], arms: dict, stages: list[str]) -> None:
+    """Write report.json, report.md and report.png into `out`. at(stage, seed, budget): a stage's folder; arms: {arm: the
+    stages it rests on, its own last}. The arms are those of the largest of the label `budgets`, or of the only one, None."""
     last = {arm: (used or [arm])[-1] for arm, used in arms.items()}  # the stage an arm stands for
     units = {"teacher_base": [], "base": []} | {stage: [stage] for stage in stages}
-    values = {benchmark: {name: scores(out, seeds, name, benchmark) for name in units} for benchmark in benchmarks}
+
+    def scores_of(stage: str, benchmark: str, budget) -> np.ndarray:
+        return scores([at(stage, seed, budget) for seed in seeds], benchmark)
+
+    def cost_of(used: list[str], budget) -> dict:
+        return cost([[at(stage, seed, budget) for stage in used] for seed in seeds])
+
+    values = {b: {name: scores_of(name, b, budgets[-1]) for name in units} for b in benchmarks}
     figures = {name: {benchmark: measured(values[benchmark][name]) for benchmark in benchmarks} for name in units}
 
     def row(name: str, used: list[str]) -> dict:
-        return {**figures[name][benchmarks[0]], "benchmarks": figures[name], **cost(out, seeds, used)}
+        return {**figures[name][benchmarks[0]], "benchmarks": figures[name], **cost_of(used, budgets[-1])}
 
     compared = {b: compare({arm: values[b][stage] for arm, stage in last.items()}) for b in benchmarks}
     record = {
@@ -107,12 +111,16 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
     for benchmark in benchmarks[1:]:
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
+    if budgets != [None]:
+        by_budget = {n: {arm: scores_of(stage, benchmarks[0], n) for arm, stage in last.items()} for n in budgets}
+        costs = {n: {arm: cost_of(used, n) for arm, used in arms.items()} for n in budgets}
+        record |= frontier.frontier(by_budget, costs)
     (out / "report.json").write_text(json.dumps(record, indent=2))
-    text = markdown(record)
-    (out / "report.md").write_text(
-        f"# Accuracy on {benchmarks[0]}\n\n{text}\n\n![accuracy and learning curves](report.png)\n"
-    )
-    plot(out, record)
+    text, plots = markdown(record), "![](frontier.png)\n" if "frontier" in record else ""
+    (out / "report.md").write_text(f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}")
+    plot(out, record, {name: [at(name, seed, budgets[-1]) for seed in seeds] for name in units})
+    if "frontier" in record:
+        frontier.plot(out / "frontier.png", record)
     print(f"\n{text}\n\nwrote {out}/report.json and report.md")
 
 
@@ -137,12 +145,14 @@ def markdown(record: dict) -> str:
     for name, row in record["comparisons"].items():
         low, high = row["ci95"]
         lines.append(f"| {name} | {row['difference']:+.3f} | {low:+.3f} to {high:+.3f} | {row['verdict']} |")
+    if "frontier" in record:
+        lines = [frontier.markdown(record), "", f"With {max(map(int, record['frontier']))} labels:", "", *lines]
     return "\n".join(lines)
 
 
-def plot(out: Path, record: dict) -> None:
+def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
     """Accuracy by arm with 95 % intervals and one dot a seed; accuracy against labels; learning curves (in-training
-    evaluation, else reward), mean over seeds."""
+    evaluation, else reward), mean over seeds, from each stage's folders."""
     try:
         import matplotlib
     except ImportError:
@@ -178,8 +188,8 @@ def plot(out: Path, record: dict) -> None:
     for name in record["stages"]:
         for key in ("eval/accuracy", "charts/reward"):
             curve = {}
-            for seed in record["seeds"]:
-                path = out / f"seed{seed}/{name}/metrics.jsonl"
+            for folder in folders[name]:
+                path = folder / "metrics.jsonl"
                 for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
                     if key in row:
                         curve.setdefault(row["step"], []).append(row[key])
