@@ -408,7 +408,8 @@ def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_pa
 def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
     """Otherwise it would still be writing when the same command is given again."""
     (tmp_path / "stage.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    code = f"from pathlib import Path; from infra import stages; stages.ROOT = Path({str(tmp_path)!r}); stages.call('stage.py')"
+    code = "import pathlib; from infra import stages;"
+    code += f"stages.ROOT = pathlib.Path({str(tmp_path)!r}); stages.call('stage.py')"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = iter(driver.stdout.readline, "")
     pid = next(int(line) for line in lines if line.strip().isdigit())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import SCRIPTS, read_jsonl, write_jsonl
-from test_bridge import fake, flag, problems, real  # noqa: F401  (fixtures)
+from test_bridge import fake, flag, problems, real
 
 import bridge
 import toy
@@ -22,12 +22,12 @@ def unlabeled(tmp_path):
     return write_jsonl(tmp_path / "unlabeled.jsonl", [{"problem": f"{i}+2?", "answer": "planted"} for i in range(30)])
 
 
-def commands(fake):  # noqa: F811
+def commands(fake):
     """{folder: command} of the stages that were trained."""
     return {flag(c, "--out"): c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")}
 
 
-def test_each_budget_has_its_labels_and_what_needs_none_runs_once(tmp_path, fake, problems, unlabeled):  # noqa: F811
+def test_each_budget_has_its_labels_and_what_needs_none_runs_once(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, arms=ARMS, labels=(8, 16), unlabeled_data=unlabeled, seeds=2)
     bridge.main(args)
     made, out = commands(fake), args.out
@@ -48,7 +48,7 @@ def test_each_budget_has_its_labels_and_what_needs_none_runs_once(tmp_path, fake
         tyro.cli(SCRIPTS[command[0].removesuffix(".py")].Args, args=command[1:])
 
 
-def test_answers_of_the_unlabeled_prompts_reach_no_stage(tmp_path, fake, problems, unlabeled):  # noqa: F811
+def test_answers_of_the_unlabeled_prompts_reach_no_stage(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, arms=ARMS, labels=(8,), unlabeled_data=unlabeled)
     bridge.main(args)
     written = Path(args.out, "data/unlabeled.jsonl").read_text()
@@ -61,7 +61,7 @@ def test_answers_of_the_unlabeled_prompts_reach_no_stage(tmp_path, fake, problem
     assert done and fake.commands == [], "with other answers every stage is finished already"
 
 
-def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, problems, unlabeled):  # noqa: F811
+def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, arms=ARMS, labels=(8, 16), unlabeled_data=unlabeled)
     bridge.main(args)
     record = json.loads(Path(args.out, "report.json").read_text())
@@ -75,7 +75,7 @@ def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, proble
     assert "![](frontier.png)" in Path(args.out, "report.md").read_text()
 
 
-def test_without_budgets_unlabeled_prompts_serve_the_dense_stages_alone(tmp_path, fake, problems, unlabeled):  # noqa: F811
+def test_without_budgets_unlabeled_prompts_serve_the_dense_stages_alone(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, unlabeled_data=unlabeled)
     bridge.main(args)
     for folder, command in commands(fake).items():
@@ -83,9 +83,10 @@ def test_without_budgets_unlabeled_prompts_serve_the_dense_stages_alone(tmp_path
         assert flag(command, "--train-data") == f"{args.out}/data/{data}.jsonl"
 
 
-def test_an_embedded_world_brings_its_unlabeled_prompts(tmp_path, fake):  # noqa: F811
+def test_an_embedded_world_brings_its_unlabeled_prompts(tmp_path, fake):
     bridge.main(bridge.Args(out=str(tmp_path / "run"), arms=("bridge",), labels=(16, 64), jobs=1))
-    sets = {name: read_jsonl(tmp_path / f"run/world/{name}.jsonl") for name in ("train", "heldout", "dev", "test", "unlabeled")}
+    names = ("train", "heldout", "dev", "test", "unlabeled")
+    sets = {name: read_jsonl(tmp_path / f"run/world/{name}.jsonl") for name in names}
     assert len(sets["unlabeled"]) == 2048 and all(row.keys() == {"problem"} for row in sets["unlabeled"])
     texts = [row["problem"] for rows in sets.values() for row in rows]
     assert len(texts) == len(set(texts)), "no problem is in two sets"
@@ -105,7 +106,7 @@ def test_the_unlabeled_set_changes_no_other(tmp_path):
     ({"labels": (8, 41)}, "--labels 41: .* has only 40 problems"),
     ({"arms": ("bridge_own_prompts",)}, "--arms bridge_own_prompts: needs --unlabeled-data"),
 ])  # fmt: skip
-def test_bad_budgets_are_refused(tmp_path, fake, problems, changes, message):  # noqa: F811
+def test_bad_budgets_are_refused(tmp_path, fake, problems, changes, message):
     with pytest.raises(UsageError, match=message):
         bridge.main(real(tmp_path, problems, **changes))
     assert fake.commands == []
@@ -150,7 +151,8 @@ def test_a_dip_in_the_bridges_curve_does_not_count_twice():
 def test_more_seeds_that_differ_widen_the_interval():
     rng = np.random.default_rng(0)
     values = curves(direct_grpo=(0.2, 0.4, 0.6, 0.8), bridge=(0.4, 0.6, 0.8, 0.9))
-    noisy = {n: {arm: np.clip(one + rng.normal(0, 0.1, (3, 1)), 0, 1) for arm, one in row.items()} for n, row in values.items()}
+    shift = {n: {arm: rng.normal(0, 0.1, (3, 1)) for arm in row} for n, row in values.items()}
+    noisy = {n: {arm: np.clip(one + shift[n][arm], 0, 1) for arm, one in row.items()} for n, row in values.items()}
     width = [np.diff(frontier.label_efficiency(v, "direct_grpo")[64]["ci95"]) for v in (values, noisy)]
     assert width[1] > width[0]
 
