@@ -1,11 +1,27 @@
-"""The options of docs/options.md: each one's gradient against the formula written out in float64, its independence of the
-micro-batch split and of the ranks, what it counts and logs, and what a user may get wrong."""
+"""The variants of docs/variants.md: each one's gradient against the formula written out in float64, its independence of the
+micro-batch split and of the ranks, what it counts and logs, what a user may get wrong, and how far it is from its original."""
 
+import ast
+import contextlib
+import difflib
+import importlib.util
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FakeGrader, load, write_jsonl
+from conftest import ROOT, SCRIPTS, FakeGrader, load, random_model, write_jsonl
 from test_bad_input import assert_refused, typed  # noqa: F401  (a fixture)
 from test_parallel import SMALL, TIMES, difference, torchrun
 from test_scripts import (
@@ -21,9 +37,12 @@ from test_scripts import (
     token_loss,
 )
 
-import dataset
 import toy
+from infra import dataset
+from kernels import TeacherTopK
 
+ORIGINAL = {"opd_weighted": "opd", "fkl_weighted": "fkl_warmup", "opd_sampled": "opd", "opd_topk": "opd"}
+WEIGHTED = {"opd": "variants/opd_weighted", "fkl_warmup": "variants/fkl_weighted"}
 
 def reward(answer, _=None):
     return float(int(answer[1:]) % 3 > 0)  # p0, p3, p6 and p9 are wrong
@@ -91,9 +110,8 @@ FLAGS = [
     {"paced": True},
     {"reward_weight": 0.7},
     {"reward_weight": 1.0, "loss": "forward_kl"},
-    {"loss": "reward_free"},
     ALL_AT_ONCE,
-    ALL_AT_ONCE | {"loss": "sampled"},
+    ALL_AT_ONCE | {"loss": "jsd"},
 ]
 
 
@@ -101,12 +119,13 @@ def name_of(flags):
     return " ".join(f"{name}={value}" for name, value in flags.items())
 
 
-@pytest.mark.parametrize("teacher", ["wide", "narrow"])  # its logits are cached, its hidden states are
+# ------------------------------------------------------------------------------------------------------------ weights
+@pytest.mark.parametrize("teacher", ["wide", "narrow"])
 @pytest.mark.parametrize("flags", FLAGS, ids=name_of)
 def test_opd_gradient_equals_the_formula(run_script, fake_grader, checkpoints, data, problems, generations, teacher, flags):
     fake_grader(reward)
     models = {"teacher": getattr(checkpoints, teacher), "student": checkpoints.student}
-    run = run_script("opd", **models, train_data=data, **OPD, **with_file(flags, generations))
+    run = run_script("variants/opd_weighted", **models, train_data=data, **OPD, **with_file(flags, generations))
     [rollout], [(params, actual)], [logged] = run.samples, run.updates, run.metrics
     student = model_at(checkpoints.student, params)
     loss, weights, reverse_kl = naive(student, load(models["teacher"]), rollout, problems, flags)
@@ -124,7 +143,7 @@ def test_warmup_gradient_equals_the_formula(
     fake_grader(reward)
     flags = {"loss": loss, "reward_weight": reward_weight, "paced": True}
     models = {"teacher": checkpoints.wide, "student": checkpoints.student}
-    run = run_script("fkl_warmup", **models, train_data=data, **WARMUP, **with_file(flags, generations))
+    run = run_script("variants/fkl_weighted", **models, train_data=data, **WARMUP, **with_file(flags, generations))
     [(prompts, n, responses)], [(params, actual)], [logged] = run.samples, run.updates, run.metrics
     rollout = [prompt for prompt in prompts for _ in range(n)], 1, responses
     student = model_at(checkpoints.student, params)
@@ -136,14 +155,14 @@ def test_warmup_gradient_equals_the_formula(
     assert logged["charts/labels_used"] == run.record["labels_used"] == 12
 
 
-@pytest.mark.parametrize("flags", [FLAGS[0], ALL_AT_ONCE, {"loss": "reward_free"}], ids=name_of)
+@pytest.mark.parametrize("flags", [FLAGS[0], ALL_AT_ONCE], ids=name_of)
 def test_opd_gradient_does_not_depend_on_the_micro_batches(run_script, fake_grader, checkpoints, data, generations, flags):
     fake_grader(reward)
     args = OPD | {"teacher": checkpoints.narrow, "student": checkpoints.student, "train_data": data}
     args |= with_file(flags, generations)
-    whole = run_script("opd", **args, micro_batch_tokens=10**6)
+    whole = run_script("variants/opd_weighted", **args, micro_batch_tokens=10**6)
     for count in (1, 2, 7):
-        split = run_script("opd", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
+        split = run_script("variants/opd_weighted", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
         assert [len(groups) for _, groups in split.splits] == [count]
         assert_close(split.updates[0][1], whole.updates[0][1])
         for key in ("losses/policy_loss", "losses/reverse_kl", "charts/trained_frac"):
@@ -154,11 +173,26 @@ def test_warmup_gradient_does_not_depend_on_the_micro_batches(run_script, fake_g
     fake_grader(reward)
     args = WARMUP | {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data}
     args |= {"paced": generations, "reward_weight": 0.7}
-    whole = run_script("fkl_warmup", **args, micro_batch_tokens=10**6)
+    whole = run_script("variants/fkl_weighted", **args, micro_batch_tokens=10**6)
     for count in (1, 2, 7):
-        split = run_script("fkl_warmup", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
+        split = run_script("variants/fkl_weighted", **args, micro_batch_tokens=budget_for(whole.splits[0][0], count))
         assert [len(groups) for _, groups in split.splits] == [count]
         assert_close(split.updates[0][1], whole.updates[0][1])
+
+
+@pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
+def test_neutral_weights_are_the_original_bit_for_bit(run_script, checkpoints, data, script):
+    args = {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "max_response_tokens": 12}
+    args |= {"prompts_per_step" if script == "opd" else "rollouts_per_step": 5, "max_steps": 3, "learning_rate": 1e-3}
+    original = run_script(script, **args, micro_batch_tokens=60)
+    neutral = {"paced": None, "reward_weight": 0.0} | ({"tip_fraction": 1.0} if script == "opd" else {})
+    variant = run_script(WEIGHTED[script], **args, **neutral, micro_batch_tokens=60)
+    assert_unchanged(variant.out, original.out)
+    for row, expected in zip(variant.metrics, original.metrics, strict=True):
+        assert row.pop("charts/trained_frac") == 1
+        assert {k: v for k, v in row.items() if not k.startswith(TIMES)} == {
+            k: v for k, v in expected.items() if not k.startswith(TIMES)
+        }
 
 
 @pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
@@ -167,8 +201,8 @@ def test_equal_weights_are_no_weights(run_script, fake_grader, checkpoints, data
     fake_grader(lambda answer, j: 1.0)
     even = write_generations(tmp_path / "even.jsonl", problems, lambda answer: 0.5)
     args = (OPD if script == "opd" else WARMUP) | {"teacher": checkpoints.wide, "student": checkpoints.student}
-    plain = run_script(script, train_data=data, **args)
-    weighted = run_script(script, train_data=data, **args, paced=even, reward_weight=0.5)
+    plain = run_script(WEIGHTED[script], train_data=data, **args)
+    weighted = run_script(WEIGHTED[script], train_data=data, **args, paced=even, reward_weight=0.5)
     assert_close(weighted.updates[0][1], plain.updates[0][1], 1e-12)
     [row] = plain.metrics
     assert row["charts/trained_frac"] == 1 and not {"charts/labels_used", "charts/reward"} & row.keys()
@@ -182,9 +216,9 @@ def test_a_step_of_wrong_responses_changes_nothing(run_script, fake_grader, chec
     fake_grader(lambda answer, j: float(calls.append(answer) or len(calls) <= 12))
     args = {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "max_response_tokens": 8}
     args |= {"prompts_per_step" if script == "opd" else "rollouts_per_step": 12, "learning_rate": 0.1, "sample_every": 0}
-    one = run_script(script, **args, reward_weight=1.0, max_steps=1)
+    one = run_script(WEIGHTED[script], **args, reward_weight=1.0, max_steps=1)
     calls.clear()
-    two = run_script(script, **args, reward_weight=1.0, max_steps=2)
+    two = run_script(WEIGHTED[script], **args, reward_weight=1.0, max_steps=2)
     assert [row["charts/reward"] for row in two.metrics] == [1, 0]
     assert two.metrics[1]["losses/grad_norm"] == two.metrics[1]["losses/policy_loss"] == 0
     assert two.metrics[1]["losses/reverse_kl"] > 0, "it is still measured"
@@ -196,12 +230,12 @@ def test_labels_are_counted(run_script, fake_grader, checkpoints, data, generati
     fake_grader(reward)
     args = OPD | {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "prompts_per_step": 5}
     args |= {"max_steps": 2, "sample_every": 0}
-    weighted = run_script("opd", **args, reward_weight=0.5)
+    weighted = run_script("variants/opd_weighted", **args, reward_weight=0.5)
     assert [row["charts/labels_used"] for row in weighted.metrics] == [5, 10] and weighted.record["labels_used"] == 10
     assert 0 < sum(row["charts/reward"] for row in weighted.metrics) < 2
-    paced = run_script("opd", **args, paced=generations)
+    paced = run_script("variants/opd_weighted", **args, paced=generations)
     assert [row["charts/labels_used"] for row in paced.metrics] == [12, 12] and paced.record["labels_used"] == 12
-    assert run_script("opd", **args, tip_fraction=0.5).record["labels_used"] == 0
+    assert run_script("variants/opd_weighted", **args, tip_fraction=0.5).record["labels_used"] == 0
 
 
 @pytest.mark.slow
@@ -209,9 +243,9 @@ def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoi
     fake_grader(FakeGrader.rule)
     distil = SMALL | {"student": checkpoints.llama, "teacher": checkpoints.narrow, "train_data": data, "paced": generations}
     flags = {
-        "tip": ("opd", {"prompts_per_step": 7, "tip_fraction": 0.4}),
-        "one": ("opd", {"prompts_per_step": 1, "tip_fraction": 0.4, "paced": None, "loss": "sampled"}),
-        "warmup": ("fkl_warmup", {"rollouts_per_step": 5, "rollouts_per_prompt": 2, "reward_weight": 0.7}),
+        "tip": ("variants/opd_weighted", {"prompts_per_step": 7, "tip_fraction": 0.4}),
+        "one": ("variants/opd_weighted", {"prompts_per_step": 1, "tip_fraction": 0.4, "paced": None}),
+        "warmup": ("variants/fkl_weighted", {"rollouts_per_step": 5, "rollouts_per_prompt": 2, "reward_weight": 0.7}),
     }
 
     def jobs(folder):
@@ -236,23 +270,23 @@ def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoi
     ("fkl_warmup", "reward_weight", -0.1), ("fkl_warmup", "reward_weight", 2),
 ])  # fmt: skip
 def test_an_impossible_value_names_its_flag(cli, typed, script, name, value):  # noqa: F811
-    assert_refused(cli(script, *typed(script, **{name: value})), "--" + name.replace("_", "-"))
+    assert_refused(cli(WEIGHTED[script], *typed(script, **{name: value})), "--" + name.replace("_", "-"))
 
 
 @pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
 def test_rewards_need_answers(cli, typed, problems, tmp_path, script):  # noqa: F811
     unlabeled = write_jsonl(tmp_path / "unlabeled.jsonl", [{"problem": p.text} for p in problems])
-    result = cli(script, *typed(script, train_data=unlabeled, reward_weight=0.5))
+    result = cli(WEIGHTED[script], *typed(script, train_data=unlabeled, reward_weight=0.5))
     assert_refused(result, "--train-data", "needs a column answer")
 
 
 @pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
 def test_a_file_that_gives_no_weights(cli, typed, problems, tmp_path, script):  # noqa: F811
     path = tmp_path / "generations.jsonl"
-    assert_refused(cli(script, *typed(script, paced=tmp_path / "none.jsonl")), "--paced", "Check the path")
+    assert_refused(cli(WEIGHTED[script], *typed(script, paced=tmp_path / "none.jsonl")), "--paced", "Check the path")
     write_jsonl(path, [{"problem": p.text} for p in problems])
-    assert_refused(cli(script, *typed(script, paced=path)), "--paced", "needs problem and reward", "eval_math.py")
+    assert_refused(cli(WEIGHTED[script], *typed(script, paced=path)), "--paced", "needs problem and reward", "eval_math.py")
     write_generations(path, problems[:-2])
-    assert_refused(cli(script, *typed(script, paced=path)), "--paced", "lacks 2 of the 12 problems", "eval_math.py")
+    assert_refused(cli(WEIGHTED[script], *typed(script, paced=path)), "--paced", "lacks 2 of the 12 problems", "eval_math.py")
     write_generations(path, problems, lambda answer: reward(answer))
-    assert_refused(cli(script, *typed(script, paced=path)), "--paced", "always or never", "raise eval_math.py's --samples")
+    assert_refused(cli(WEIGHTED[script], *typed(script, paced=path)), "--paced", "always or never", "raise eval_math.py's --samples")
