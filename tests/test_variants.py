@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import dataset
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, FakeGrader, load, random_model, write_jsonl
