@@ -101,8 +101,9 @@ def check(args, positive: str) -> None:
     """Raise UsageError for a flag that cannot work: the shared ones, and those named in `positive` if not above 0.
     Replaces `--sampler auto` by what it means here."""
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
-    shared = "max_prompt_tokens max_response_tokens temperature rollout_batch_tokens micro_batch_tokens keep_last stop_patience"
-    require_positive(args, f"{positive} epochs max_steps learning_rate {shared}")
+    shared = "epochs max_steps learning_rate max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
+    require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
+    require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     choose_sampler(args)
@@ -169,7 +170,8 @@ def learning_rate(args, step: int, total_steps: int) -> float:
     if step <= rising:
         return args.learning_rate * step / rising
     left = (total_steps - step + 1) / (total_steps - rising)  # from 1 to just above 0
-    return args.learning_rate * {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.learning_rate_decay]
+    share = {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return args.learning_rate * share[args.learning_rate_decay]
 
 
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:

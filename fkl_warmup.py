@@ -148,7 +148,7 @@ def main(args: Args) -> None:
             with models.autocast(device, dtype):
                 hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
-                weight = torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device)  # a mean over the batch's tokens
+                weight = torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device)  # a mean over all tokens
                 options = {"kind": "forward_kl", "weight": weight, "temperature": args.temperature, "target_ids": ids}
                 if args.loss == "ce":
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log

@@ -2,6 +2,7 @@
 """From a dataset to prompts: reading problems, their order, the one renderer of prompts."""
 
 import json
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def load_problems(spec: str, flag: str, need_answers: bool, prompt_column=None, 
     for column, name in ((prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")):
         require(column is None or column in rows[0], f"{name} {column}: {flag} {spec} has only {', '.join(columns)}")
     text_key = prompt_column or next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
-    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt (or --prompt-column); it has {', '.join(columns)}")
+    needed = "a column problem, question or prompt (or --prompt-column)"
+    require(text_key, f"{flag} {spec}: needs {needed}; it has {', '.join(columns)}")
     problems = {}
     for number, row in enumerate(rows, 1):
         prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
@@ -161,6 +163,25 @@ class ProblemStream:
         start = self.position % self.count
         self.position += k
         return indices[start : start + k].tolist()
+
+
+def split_labels(spec: str, flag: str, folder: Path) -> tuple[str, str]:
+    """Split the problems of `spec` into files of 80 % and 20 %, shuffled with seed 42; returns FOLDER/train.jsonl and
+    FOLDER/heldout.jsonl. Raises UsageError where these hold other problems."""
+    problems = load_problems(spec, flag, need_answers=True)
+    random.Random(42).shuffle(problems)
+    cut = len(problems) * 4 // 5
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "heldout.jsonl"
+    for path, part in zip(paths, (problems[:cut], problems[cut:]), strict=True):
+        rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        require(
+            not path.exists() or path.read_text() == text,
+            f"{path}: holds other problems than {flag} {spec}; choose another --out",
+        )
+        path.write_text(text)
+    return str(paths[0]), str(paths[1])
 
 
 def benchmark_name(spec: str) -> str:
