@@ -178,7 +178,7 @@ def fences(text: str):
 
 def commands(path: str) -> list[list[str]]:
     """[script, words of its command line] of every `python FILE.py`, `python -m infra.MODULE` and `torchrun ... FILE.py` in
-    a page's bash blocks and code spans, or in a script's docstring. my_opd.py stands for a reader's copy of opd.py."""
+    a page's bash blocks (the first also in its code spans) or a script's docstring. my_opd.py is a reader's copy of opd.py."""
     text = read(path)
     if path.endswith(".py"):
         docstring = ast.get_docstring(ast.parse(text)) or ""
@@ -186,7 +186,7 @@ def commands(path: str) -> list[list[str]]:
     else:
         blocks = [block for kind, block in fences(text) if kind == "bash"]
         prose = re.sub(r"^```[\s\S]*?^```$", "", text, flags=re.MULTILINE)
-        lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`((?:python|torchrun) [^`]*)`", prose)
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`(python [^`]*)`", prose)
     found = []
     for part in [part.strip() for line in lines for part in line.split("&&")]:
         words = shlex.split(part, comments=True) if part.startswith(("python ", "torchrun ")) else []
@@ -299,8 +299,13 @@ def test_keys_of_result_files(page, header, keys):
     assert documented(page, header) == keys()
 
 
+def test_architecture_names_every_module():
+    modules = [f for f in tracked("infra/*.py") if not f.endswith("__init__.py")]
+    assert sorted(documented("docs/architecture.md", "module")) == sorted(["common.py", *modules, "kernels/"])
+
+
 def test_bridge_names_its_stages_arms_and_benchmarks():
-    assert documented("docs/bridge.md", "stage") == dict_keys(function("bridge.py", "stages_of"), "return")
+    assert documented("docs/bridge.md", "stage") == dict_keys(nodes("bridge.py"), "STAGES")
     assert documented("docs/bridge.md", "arm") == dict_keys(nodes("bridge.py"), "ARMS")
     assert documented("docs/eval_math.md", "benchmark")[:-1] == dict_keys(nodes("eval_math.py"), "HUB")
 
