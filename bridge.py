@@ -163,10 +163,9 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
     names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
     models = " ".join(f"{name} {model.format_map(values)}" for name, model in zip(names, models.split(), strict=True))
     force = " --force" if args.force and script != "grpo.py" else ""
-    # last, whatever the flags say: where it goes, and the bound of the label ledger
-    fixed = f"--train-data {q(data[problems])} --out {q(str(at(stage)))} --seed {seed} --resume{force}"
-    bound = q(data["heldout" if problems == "heldout" else "labeled"])
-    return f"{script} {models} {flags.format_map(values)} {fixed} --label-split {bound}"
+    where = f"--train-data {q(data[problems])} --out {q(str(at(stage)))} --seed {seed} --resume"
+    bound = q(data["heldout" if problems == "heldout" else "labeled"])  # of the label ledger: last, whatever the flags say
+    return f"{script} {models} {where} {flags.format_map(values)}{force} --label-split {bound}"
 
 
 def main(args: Args) -> None:
@@ -203,7 +202,7 @@ def main(args: Args) -> None:
     dense = any(STAGES[stage][0] != "grpo.py" for stage in wanted)
     if dense and not any(run_folder.finished(at(stage, seed)) for seed in seeds for stage in wanted):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
-        flags = f"{args.opd_flags} --train-data {q(train)} --seed {args.seed}{' --force' if args.force else ''}"
+        flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
         stages.call(f"opd.py --preflight-only {models} {flags}")
 
     # ---- train, then measure the base models and what every stage made
@@ -220,8 +219,8 @@ def main(args: Args) -> None:
         for seed in seeds:
             model = {"base": args.student, "teacher_base": args.teacher}.get(stage, str(at(stage, seed)))
             folder = at(f"eval/{stage}", seed)
-            command = f"eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} {args.eval_flags} "
-            command += f"--out {q(str(folder))} --seed {seed}"
+            command = f"eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
+            command += f"--out {q(str(folder))} --seed {seed} {args.eval_flags}"
             log = at(f"eval_{stage}.log", seed) if jobs > 1 else None
             done = f"{names[-1]}/summary.json"
             run = partial(stages.execute, folder, done, lambda c=command: c, [Path(model)], args.nproc, log)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
 
 import bridge
 import eval_math
@@ -306,6 +306,11 @@ def test_the_embedded_settings_are_flags_that_the_scripts_know(tmp_path, fake):
 
 
 # --------------------------------------------------------------------------------------------------------------- controls
+def parse(command):
+    """A stage's command as the script itself would read it."""
+    return tyro.cli(SCRIPTS[command[0].removesuffix(".py")].Args, args=command[1:])
+
+
 def commands_of(fake):
     return {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")}
 
@@ -314,8 +319,7 @@ def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, f
     bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags="--max-steps 98"))
     assert stages_run(fake) == TRAINED + CONTROLS
     made, out = commands_of(fake), f"{tmp_path}/run/seed1"
-    parsed = {name: tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[c[0]].Args, args=c[1:])
-              for name, c in made.items()}  # fmt: skip
+    parsed = {name: parse(c) for name, c in made.items()}
     for name in ("no_warmup", "no_opd", "sft", "reward_free"):
         assert parsed[name].max_steps == UPDATES["bridge_warmup"] + UPDATES["bridge"] and parsed[name].student == "small"
     assert parsed["long_grpo"].max_flops == 3e15 and parsed["long_grpo"].max_steps > 10**5, "its three stages cost 1e15 each"
@@ -333,7 +337,7 @@ def test_every_stage_is_bound_to_the_labels_of_its_split(tmp_path, fake, problem
     other = "--train-data other.jsonl --label-split other.jsonl"
     bridge.main(real(tmp_path, problems, arms=("all",), student_grpo_flags=other))
     for name, command in commands_of(fake).items():
-        args = tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[command[0]].Args, args=command[1:])
+        args = parse(command)
         split = "heldout" if name in ("bridge_grpo", "cold_grpo") else "train"
         assert args.label_split == f"{tmp_path}/run/data/{split}.jsonl", "whatever further flags say"
 
