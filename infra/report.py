@@ -221,7 +221,7 @@ def put(page: Path, block: str, text: str) -> bool:
 
 
 def main(args: Args) -> None:
-    """Put the reports of finished runs where the project shows them: tables into docs/results.md, one small table into README.md
+    """Put the reports of finished runs where the project shows them: tables into docs/results.md, a small one into README.md
     for the world that has a place there, plots into docs/, the figures themselves into benchmarks/results/."""
     root = Path(__file__).parent.parent
     for run in map(Path, args.runs):

@@ -178,7 +178,7 @@ def fences(text: str):
 
 def commands(path: str) -> list[list[str]]:
     """[script, words of its command line] of every `python FILE.py`, `python -m infra.MODULE` and `torchrun ... FILE.py` in
-    a page's bash blocks (the first also in its code spans) or a script's docstring. my_opd.py is a reader's copy of opd.py."""
+    a page's bash blocks (the first two also in code spans) or a docstring. my_opd.py is a reader's copy of opd.py."""
     text = read(path)
     if path.endswith(".py"):
         docstring = ast.get_docstring(ast.parse(text)) or ""
