@@ -41,11 +41,16 @@ def nodes(script: str) -> list[ast.AST]:
     return list(ast.walk(ast.parse(read(script))))
 
 
-def literal(node):
-    """Value of a default: a literal, or a constant of a module such as dataset.INSTRUCTION."""
-    if isinstance(node, ast.Attribute) and (ROOT / f"infra/{ast.unparse(node.value)}.py").exists():
-        constants = [n for n in nodes(f"infra/{ast.unparse(node.value)}.py") if is_assignment(n, node.attr)]
-        return ast.literal_eval(constants[0].value)
+def literal(node, script: str):
+    """Value of a default: a literal, or a constant that the script takes from a module of infra."""
+    if isinstance(node, ast.Attribute):  # dataset.INSTRUCTION
+        module, name = f"infra/{ast.unparse(node.value)}.py", node.attr
+    else:  # INSTRUCTION
+        name = node.id if isinstance(node, ast.Name) else None
+        imports = [n for n in nodes(script) if isinstance(n, ast.ImportFrom) and name in [alias.name for alias in n.names]]
+        module = f"{imports[0].module.replace('.', '/')}.py" if imports else ""
+    if module and (ROOT / module).exists():
+        node = next(n.value for n in nodes(module) if is_assignment(n, name))
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -65,7 +70,7 @@ def fields(script: str, name: str = "Args") -> dict[str, tuple]:
     """{"--flag-name": (default, annotation)} of the class's own fields; {} without such a class."""
     found = class_named(script, name)
     return {
-        "--" + n.target.id.replace("_", "-"): (literal(n.value) if n.value else REQUIRED, ast.unparse(n.annotation))
+        "--" + n.target.id.replace("_", "-"): (literal(n.value, script) if n.value else REQUIRED, ast.unparse(n.annotation))
         for n in (found.body if found else [])
         if isinstance(n, ast.AnnAssign)
     }
