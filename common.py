@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/flags.md
 """What the training loops of grpo.py, fkl_warmup.py and opd.py share: the flags of the plumbing, said once, and the few
 functions that all three call. Everything further down is in infra/; the algorithms are in the scripts."""
 

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/data.md
 """From a dataset to prompts: reading problems, their order, the one renderer of prompts."""
 
 import json

@@ -33,11 +33,20 @@ COMPARISONS = {  # name: is the second better than the first?
     "reward_free < no_warmup": "control: without a teacher nothing is learned",
 }
 
+SUMMARY = {
+    "base": "the student as it comes",
+    "raw_teacher": "distilled from the teacher as it comes",
+    "direct_grpo": "RL on the student",
+    "teacher_rl": "RL on the teacher: what is handed down below",
+    "bridge": "the RL'd teacher distilled into the student",
+    "bridge_grpo": "RL on that student, with labels held back for it",
+}
+
 
 @dataclass
 class Args:
     runs: tuple[str, ...]
-    """output folders of bridge.py; their reports go into README.md, docs/ and benchmarks/results/"""
+    """output folders of bridge.py; their reports go into docs/results.md, README.md, docs/ and benchmarks/results/"""
 
 
 def scores(folders: list[Path], benchmark: str) -> np.ndarray:
@@ -150,6 +159,16 @@ def markdown(record: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(record: dict) -> str:
+    """The small table for a newcomer: what the arms of SUMMARY are, and where they end. record: report.json"""
+    lines = ["| arm | what it is | accuracy, 95 % interval | labels |", "|---|---|---|---|"]
+    for name, what in SUMMARY.items():
+        if row := shown(record).get(name):
+            low, high = row["ci95"]
+            lines.append(f"| `{name}` | {what} | {row['accuracy']:.3f} ({low:.3f} to {high:.3f}) | {row['labels_used']} |")
+    return "\n".join(lines)
+
+
 def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
     """Accuracy by arm with 95 % intervals and one dot a seed; accuracy against labels; learning curves (in-training
     evaluation, else reward), mean over seeds, from each stage's folders."""
@@ -202,21 +221,30 @@ def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
     plt.close(figure)
 
 
+def put(page: Path, block: str, text: str) -> bool:
+    """Write `text` between the page's `<!-- BLOCK -->` and the next `<!-- end -->`; False if there is no such block."""
+    before, begin, rest = page.read_text().partition(f"<!-- {block} -->\n")
+    _, end, after = rest.partition("\n<!-- end -->")
+    if begin and end:
+        page.write_text(before + begin + text + end + after)
+    return bool(begin and end)
+
+
 def main(args: Args) -> None:
-    """Put the reports of finished runs where the project shows them: README.md between its markers, docs/, results."""
+    """Put the reports of finished runs where the project shows them: tables into docs/results.md, a small one into README.md
+    for the world that has a place there, plots into docs/, the figures themselves into benchmarks/results/."""
     root = Path(__file__).parent.parent
-    readme, results = root / "README.md", root / "benchmarks/results"
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
-        record, begin, end = json.loads((run / "report.json").read_text()), f"<!-- report {run.name} -->\n", "\n<!-- end -->"
-        before, found, rest = readme.read_text().partition(begin)
+        record = json.loads((run / "report.json").read_text())
         require(
-            found and end in rest, f"--runs {run}: README.md has no block {begin.strip()} ... {end.strip()} to put it in"
+            put(root / "docs/results.md", f"report {run.name}", markdown(record)),
+            f"--runs {run}: docs/results.md has no block <!-- report {run.name} --> ... <!-- end --> to put it in",
         )
-        readme.write_text(before + begin + markdown(record) + rest[rest.index(end) :])
+        put(root / "README.md", f"summary {run.name}", summary(record))
         shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
-        (results / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"README.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
+        (root / f"benchmarks/results/{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 
 if __name__ == "__main__":

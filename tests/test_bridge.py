@@ -544,9 +544,11 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
 
 
 @pytest.mark.parametrize("world", list(worlds.WORLDS))
-def test_readme_shows_the_recorded_reports(world):
+def test_results_md_shows_the_recorded_reports(world):
     record = json.loads((ROOT / f"benchmarks/results/{world}.json").read_text())
-    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
+    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "docs/results.md").read_text()
+    if world == "arithmetic":
+        assert f"<!-- summary {world} -->\n{report.summary(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
     younger = {"long_grpo", "bridge_own_prompts"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
     assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
@@ -556,14 +558,19 @@ def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, mo
     run, project = tmp_path / "run", tmp_path / "project"
     for folder in (project / "docs", project / "benchmarks/results"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(report, "__file__", str(project / "report.py"))
-    (project / "README.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "__file__", str(project / "infra/report.py"))
+    (project / "docs/results.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    (project / "README.md").write_text("first\n<!-- summary run -->\nold\n<!-- end -->\nlast\n")
     report.main(report.Args(runs=(str(run),)))
-    table = report.markdown(json.loads((run / "report.json").read_text()))
-    assert (project / "README.md").read_text() == f"before\n<!-- report run -->\n{table}\n<!-- end -->\nafter\n"
+    record = json.loads((run / "report.json").read_text())
+    large, small = f"<!-- report run -->\n{report.markdown(record)}", f"<!-- summary run -->\n{report.summary(record)}"
+    assert (project / "docs/results.md").read_text() == f"before\n{large}\n<!-- end -->\nafter\n"
+    assert (project / "README.md").read_text() == f"first\n{small}\n<!-- end -->\nlast\n"
     assert (project / "docs/run.png").exists() and (project / "benchmarks/results/run.json").exists()
-    (project / "README.md").write_text("no block")
-    with pytest.raises(UsageError, match="README.md has no block <!-- report run -->"):
+    (project / "README.md").write_text("no block: this world has no table here")
+    report.main(report.Args(runs=(str(run),)))
+    (project / "docs/results.md").write_text("no block")
+    with pytest.raises(UsageError, match="docs/results.md has no block <!-- report run -->"):
         report.main(report.Args(runs=(str(run),)))
 
 
