@@ -13,42 +13,59 @@ runs on an embedded world of toy.py, on a laptop CPU.
     python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3
 """
 
-import ctypes
-import json
-import os
-import random
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
-from infra import checkpoint, cli, dataset, report, run_folder
+from infra import cli, dataset, report, run_folder, stages, worlds
 from infra.cli import require
 
+BRIDGE = ["teacher_rl", "bridge_warmup", "bridge"]
 ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
     "base": [],
     "direct_grpo": ["direct_grpo"],
     "raw_teacher": ["raw_teacher_warmup", "raw_teacher"],
-    "bridge": ["teacher_rl", "bridge_warmup", "bridge"],
+    "bridge": BRIDGE,
+    "bridge_own_prompts": ["teacher_rl", "own_prompts_warmup", "bridge_own_prompts"],
     "no_warmup": ["teacher_rl", "no_warmup"],
     "no_opd": ["teacher_rl", "no_opd"],
     "sft": ["teacher_rl", "sft"],
     "long_grpo": ["long_grpo"],
-    "bridge_grpo": ["teacher_rl", "bridge_warmup", "bridge", "bridge_grpo"],
+    "bridge_grpo": [*BRIDGE, "bridge_grpo"],
     "cold_grpo": ["cold_grpo"],
-    "replay": ["teacher_rl", "bridge_warmup", "bridge", "replay"],
+    "replay": [*BRIDGE, "replay"],
     "reward_free": ["reward_free"],
 }
-WORLDS = {  # where the settings of the embedded worlds differ; all were chosen on their dev splits (docs/bridge.md)
-    "arithmetic": {"response_tokens": 64, "micro_batch_tokens": 2048, "teacher_steps": 40},
-    "swaps": {"response_tokens": 72, "micro_batch_tokens": 4096, "teacher_steps": 60},
+STAGES = {  # stage: (script, its model or its teacher and student, its problems, its flags), each behind those it needs
+    "teacher_rl": ("grpo.py", "{teacher}", "labeled", "{teacher_grpo_flags}"),
+    "direct_grpo": ("grpo.py", "{student}", "labeled", "{student_grpo_flags}"),
+    "raw_teacher_warmup": ("fkl_warmup.py", "{teacher} {student}", "prompts", "{warmup_flags}"),
+    "bridge_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts", "{warmup_flags}"),
+    "raw_teacher": ("opd.py", "{teacher} {raw_teacher_warmup}", "prompts", "{opd_flags}"),
+    "bridge": ("opd.py", "{teacher_rl} {bridge_warmup}", "prompts", "{opd_flags}"),
+    "bridge_grpo": ("grpo.py", "{bridge}", "heldout", "{stage3_flags}"),
+    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled", "{warmup_flags}"),
+    "bridge_own_prompts": ("opd.py", "{teacher_rl} {own_prompts_warmup}", "labeled", "{opd_flags}"),
+    # controls: as many updates as the stages they are held against have made, or as many FLOPs
+    "cold_grpo": ("grpo.py", "{student}", "heldout", "{stage3_flags}"),
+    "no_warmup": ("opd.py", "{teacher_rl} {student}", "prompts", "{opd_flags} --max-steps {bridge_updates}"),
+    "no_opd": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts", "{warmup_flags} {bridge_rollouts}"),
+    "sft": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts", "{warmup_flags} --loss ce {bridge_rollouts}"),
+    "long_grpo": ("grpo.py", "{student}", "labeled", "{student_grpo_flags} --max-steps 1000000 --max-flops {bridge_flops}"),
+    "replay": ("opd.py", "{teacher_rl} {bridge}", "prompts", "{opd_flags} --max-steps {stage3_updates}"),
+    # without a teacher's say; that its responses do not end is what it is to show
+    "reward_free": ("variants/opd_sampled.py", "{teacher} {student}", "prompts",
+                    "{opd_flags} --loss reward_free --stop-truncated-frac 0 --max-steps {bridge_updates}"),
+}  # fmt: skip
+SPENT = {  # what a control's flags take from the run.json of stages that are finished by then
+    "bridge_updates": ("updates", ["bridge_warmup", "bridge"]),
+    "bridge_rollouts": ("updates", ["bridge_warmup", "bridge"]),
+    "bridge_flops": ("flops", BRIDGE),
+    "stage3_updates": ("updates", ["bridge_grpo"]),
 }
 
 
@@ -64,11 +81,16 @@ class Args:
     """which embedded world, without --teacher and --student"""
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """labeled problems; 80 % are for stages 1 and 2, 20 % are held out for stage 3 (shuffled with seed 42)"""
+    unlabeled_data: str | None = None
+    """prompts of every fkl_warmup.py and opd.py, whose answers are never read; none: the labeled problems, with --labels
+    on an embedded world its unlabeled ones"""
+    labels: tuple[int, ...] = ()
+    """label budgets: each arm once with each, on the first so many labeled problems; none: all of them, once"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
     """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay
-    reward_free"""
+    reward_free; with prompts that are not the labeled problems bridge_own_prompts too"""
     teacher_grpo_flags: str = ""
     """more flags for grpo.py on the teacher, in one string"""
     student_grpo_flags: str = ""
@@ -95,236 +117,117 @@ class Args:
     """go on where a preflight finds an error; the stages record it in their run.json"""
 
 
-def toy_settings(args: Args) -> None:
-    """Fill in an embedded world's settings; flags of the command line come last, and the last one counts."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
-    args.jobs = args.jobs or min(os.cpu_count(), 4)
-    folder, world = f"{args.out}/world", WORLDS[args.world]
-    args.teacher, args.student = f"{folder}/teacher_base", f"{folder}/student_base"
-    args.benchmarks = (f"{folder}/test.jsonl",)
-    prompt = f'--instruction "" --max-response-tokens {world["response_tokens"]}'
-    shared, micro = (
-        f"{prompt} --eval-data {shlex.quote(folder)}/dev.jsonl",
-        f"--micro-batch-tokens {world['micro_batch_tokens']}",
-    )
-    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 {micro} --eval-every 10"
-    dense = f"{shared} --learning-rate 7e-4 {micro}"
-    warmup = f"{dense} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
-    args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps {world['teacher_steps']} {args.teacher_grpo_flags}"
-    args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
-    args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = f"{warmup} --max-steps 100 {args.warmup_flags}"
-    args.opd_flags = f"{dense} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
-    args.eval_flags = f"{prompt} --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}"
+def before(stage: str) -> list[str]:
+    """The stages that a stage's command names, or takes figures from."""
+    _, models, _, flags = STAGES[stage]
+    names = [name for _, name, _, _ in Formatter().parse(f"{models} {flags}") if name]
+    return [one for name in names for one in SPENT.get(name, (None, [name]))[1] if one in STAGES]
 
 
-def split_labels(args: Args) -> tuple[str, str]:
-    """Split --train-data into files of 80 % for stages 1 and 2 and 20 % held out for stage 3; returns both paths."""
-    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=True)
-    random.Random(42).shuffle(problems)
-    cut, data = len(problems) * 4 // 5, Path(args.out, "data")
-    data.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", problems[:cut]), ("heldout", problems[cut:])):
-        rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        path = data / f"{name}.jsonl"
-        require(
-            not path.exists() or path.read_text() == text,
-            f"{path}: holds other problems than --train-data {args.train_data}; choose another --out",
-        )
-        path.write_text(text)
-    return str(data / "train.jsonl"), str(data / "heldout.jsonl")
-
-
-def stages_of(args: Args, seed: int, train: str, heldout: str) -> dict[str, tuple[list[str], Callable[[], str]]]:
-    """{stage: (stages that come before it, its command)}, in an order in which they can run. A command is asked for when
-    those before it are finished, since a control makes as many updates as the stages it is held against have made."""
+def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str], Path], seed: int) -> str:
+    """The command of a stage, once the stages before it are finished; at(stage) is a stage's folder."""
     q = shlex.quote
-    teacher, student, force = q(args.teacher), q(args.student), " --force" if args.force else ""
-
-    def at(stage):
-        return q(f"{args.out}/seed{seed}/{stage}")
-
-    def command(script, stage, models, data, flags):  # last, the bound of the label ledger, whatever the flags say
-        shared = f"--train-data {q(data)} --out {at(stage)} --seed {seed} --resume"
-        return f"{script} {models} {shared} {flags} --label-split {q(data)}"
-
-    def grpo(stage, model, data, flags):
-        return command("grpo.py", stage, f"--model {model}", data, flags)
-
-    def warmup(stage, teacher, more=""):
-        models = f"--teacher {teacher} --student {student}"
-        return command("fkl_warmup.py", stage, models, train, f"{args.warmup_flags} {more}{force}")
-
-    def opd(stage, teacher, student, more=""):
-        models = f"--teacher {teacher} --student {student}"
-        return command("opd.py", stage, models, train, f"{args.opd_flags} {more}{force}")
-
-    def made(stage):
-        return run_folder.finished(f"{args.out}/seed{seed}/{stage}")
-
-    def spent(key, *names):
-        return sum(made(name)[key] for name in names)
-
-    def updates(*names):
-        return f"--max-steps {spent('updates', *names)}"
-
-    def no_opd():  # rollouts in proportion, so that each is seen as often as in the warmup
-        first, total = made("bridge_warmup"), spent("updates", "bridge_warmup", "bridge")
+    script, models, problems, flags = STAGES[stage]
+    values = vars(args) | {"teacher": q(args.teacher), "student": q(args.student)} | {one: q(str(at(one))) for one in STAGES}
+    for name, (key, stages_) in SPENT.items():
+        if f"{{{name}}}" in flags:
+            values[name] = sum(run_folder.finished(at(one))[key] for one in stages_)
+    if "{bridge_rollouts}" in flags:  # so many that each is seen as often as in the warmup
+        first, total = run_folder.finished(at("bridge_warmup")), values["bridge_rollouts"]
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
-        return f"--max-steps {total} --rollouts-per-prompt {rollouts}"
-
-    def long_grpo():  # direct_grpo, bounded by nothing but the FLOPs that the bridge has cost
-        return f"{args.student_grpo_flags} --max-steps 1000000 --max-flops {spent('flops', *bridge)}"
-
-    def reward_free():  # that its responses do not end is what it is to show
-        return f"--loss reward_free --stop-truncated-frac 0 {updates('bridge_warmup', 'bridge')}"
-
-    rl, bridge = at("teacher_rl"), ["teacher_rl", "bridge_warmup", "bridge"]
-    return {
-        "teacher_rl": ([], lambda: grpo("teacher_rl", teacher, train, args.teacher_grpo_flags)),
-        "direct_grpo": ([], lambda: grpo("direct_grpo", student, train, args.student_grpo_flags)),
-        "raw_teacher_warmup": ([], lambda: warmup("raw_teacher_warmup", teacher)),
-        "bridge_warmup": (["teacher_rl"], lambda: warmup("bridge_warmup", rl)),
-        "raw_teacher": (["raw_teacher_warmup"], lambda: opd("raw_teacher", teacher, at("raw_teacher_warmup"))),
-        "bridge": (["teacher_rl", "bridge_warmup"], lambda: opd("bridge", rl, at("bridge_warmup"))),
-        "bridge_grpo": (["bridge"], lambda: grpo("bridge_grpo", at("bridge"), heldout, args.stage3_flags)),
-        "cold_grpo": ([], lambda: grpo("cold_grpo", student, heldout, args.stage3_flags)),
-        "no_warmup": (bridge, lambda: opd("no_warmup", rl, student, updates("bridge_warmup", "bridge"))),
-        "no_opd": (bridge, lambda: warmup("no_opd", rl, no_opd())),
-        "sft": (bridge, lambda: warmup("sft", rl, f"--loss ce {no_opd()}")),
-        "long_grpo": (bridge, lambda: grpo("long_grpo", student, train, long_grpo())),
-        "replay": (["bridge", "bridge_grpo"], lambda: opd("replay", rl, at("bridge"), updates("bridge_grpo"))),
-        "reward_free": (bridge, lambda: opd("reward_free", teacher, student, reward_free())),
-    }
+        values["bridge_rollouts"] = f"--max-steps {total} --rollouts-per-prompt {rollouts}"
+    names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
+    models = " ".join(f"{name} {model.format_map(values)}" for name, model in zip(names, models.split(), strict=True))
+    force = " --force" if args.force and script != "grpo.py" else ""
+    where = f"--train-data {q(data[problems])} --out {q(str(at(stage)))} --seed {seed} --resume"
+    bound = q(data["heldout" if problems == "heldout" else "labeled"])  # of the label ledger: last, whatever the flags say
+    return f"{script} {models} {where} {flags.format_map(values)}{force} --label-split {bound}"
 
 
-def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
-    """Print and run one command, under torchrun for several processes; its exit code, unless 0, is this one's."""
-    script, *flags = shlex.split(command)
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
-    print(f"\n$ {shlex.join([*launcher, script, *flags])}" + (f"\n  > {log}" if log else ""), flush=True)
-    launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
-    command = [sys.executable, *launcher, str(Path(__file__).parent / script), *flags]
-    with open(log, "a") if log else nullcontext() as output:
-        code = subprocess.run(command, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
-    if code:
-        last = log.read_text().strip().splitlines()[-1:] if log else []
-        print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
-              sep="\n", file=sys.stderr)  # fmt: skip
-        sys.exit(code)
-
-
-LIBC = ctypes.CDLL(None)
-
-
-def end_with_parent() -> None:
-    """In a child process: end when bridge.py is killed, so that the next one finds no stage still writing (Linux only)."""
-    if sys.platform == "linux":
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def execute(folder: Path, done: str, command: Callable[[], str], inputs: list[Path], nproc: int, log: Path | None) -> None:
-    """Run what `command()` says; skip it when FOLDER/`done`, the file it writes last, says that it finished.
-
-    Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
-    typed = shlex.join(["python", *shlex.split(command())])
-    record = json.loads((folder / done).read_text()) if (folder / done).exists() else {"finished": False}
-    finished = record.get("finished", True)
-    made = folder / done if finished else checkpoint.latest(folder)  # a stage that was stopped goes on from its checkpoint
-    if made:
-        require(record["command"] == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
-        newer = [i for i in inputs if (path := i / "run.json").exists() and path.stat().st_mtime > made.stat().st_mtime]
-        require(
-            not newer,
-            f"{folder}: older than {', '.join(map(str, newer))}, which it was made from; delete it to make it again",
-        )
-    if finished:
-        print(f"# finished before: {typed}", flush=True)
-    else:
-        call(typed.removeprefix("python "), nproc, log)
-
-
-def run_all(tasks: dict, jobs: int) -> None:
-    """tasks: {name: (names of the tasks it waits for, all before it in the dict, function)}. `jobs` at a time, in order;
-    behind a failure none is started, and the first one is raised when those at work have ended."""
-    futures, failed = {}, []
-
-    def work(needs, function):
-        try:
-            if not any(futures[need].exception() for need in needs) and not failed:
-                function()
-        except BaseException as error:
-            failed.append(error)
-            raise
-
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for name, (needs, function) in tasks.items():
-            futures[name] = pool.submit(work, needs, function)
-        for future in as_completed(futures.values()):
-            future.result()
-    finally:
-        failed.append(None)  # also when the user interrupts
-        pool.shutdown(cancel_futures=True)
+def depends_on_budget(stage: str, unlabeled: bool) -> bool:
+    """Whether a stage, or one before it, reads the labeled problems; else one run of it serves all label budgets."""
+    problems = STAGES[stage][2]
+    own = problems == "labeled" or (problems == "prompts" and not unlabeled)
+    return own or any(depends_on_budget(one, unlabeled) for one in before(stage))
 
 
 def main(args: Args) -> None:
-    arms = list(ARMS) if "all" in args.arms else list(args.arms)
-    require(set(arms) <= set(ARMS), f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
+    # ---- what was typed
+    unlabeled = bool(args.unlabeled_data or (args.labels and not args.teacher))
+    require(set(args.arms) <= {*ARMS, "all"}, f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
+    arms = [arm for arm in ARMS if unlabeled or arm != "bridge_own_prompts"] if "all" in args.arms else list(args.arms)
+    require(unlabeled or "bridge_own_prompts" not in arms, "--arms bridge_own_prompts: needs --unlabeled-data")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
+    require(all(n > 0 for n in args.labels) and sorted(set(args.labels)) == list(args.labels),
+            f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
     cli.require_positive(args, "seeds jobs nproc")
-    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
-    if embedded:
+
+    # ---- problems: labeled ones for each budget, held out ones, prompts of the dense stages
+    out, q = Path(args.out), shlex.quote
+    if not args.teacher:
         require(
             (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
             "--train-data and --benchmarks need --teacher and --student; without them the embedded world has its own",
         )
-        toy_settings(args)
+        worlds.fill_in(args)
         world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
-        execute(out / "world", "toy.json", lambda: world, [], 1, None)
+        stages.execute(out / "world", "toy.json", lambda: world, [], 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
     else:
         require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
-        train, heldout = split_labels(args)
-
-    # ---- the stages that the arms need, once per seed
+        train, heldout = dataset.split_labels(args.train_data, "--train-data", out / "data")
+    data = {"labeled": train, "prompts": train, "heldout": heldout}
+    if unlabeled:
+        spec = args.unlabeled_data or f"{out}/world/unlabeled.jsonl"
+        prompts = [replace(p, answer=None) for p in dataset.load_problems(spec, "--unlabeled-data", need_answers=False)]
+        data["prompts"] = dataset.write_problems(out / "data/unlabeled.jsonl", prompts, f"--unlabeled-data {spec}")
+    labeled = dataset.load_problems(train, "--train-data", need_answers=True)
+    budgets = {None: data}
+    if args.labels:
+        require(args.labels[-1] <= len(labeled), f"--labels {args.labels[-1]}: {train} has only {len(labeled)} problems")
+        files = {n: out / f"data/labels{n}.jsonl" for n in args.labels}
+        files = {n: dataset.write_problems(path, labeled[:n], train) for n, path in files.items()}
+        budgets = {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
-    stages = {seed: stages_of(args, seed, train, heldout) for seed in seeds}
+
+    def at(stage, seed, budget):
+        budgeted = budget is not None and stage in STAGES and depends_on_budget(stage, unlabeled)
+        return (out / f"labels{budget}" if budgeted else out) / f"seed{seed}" / stage
+
+    # ---- the stages that the arms need
     wanted = {stage for arm in arms for stage in ARMS[arm]}
-    for stage, (before, _) in reversed(stages[args.seed].items()):
-        wanted |= set(before) if stage in wanted else set()
-    wanted = [stage for stage in stages[args.seed] if stage in wanted]
+    for stage in reversed(STAGES):
+        wanted |= set(before(stage)) if stage in wanted else set()
+    wanted = [stage for stage in STAGES if stage in wanted]
+    runs = list(dict.fromkeys((at(s, seed, b), s, seed, b) for s in wanted for b in budgets for seed in seeds))
+    runs = list({folder: (folder, *rest) for folder, *rest in reversed(runs)}.values())[::-1]
 
     # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
-    dense = any(stage not in ("teacher_rl", "direct_grpo", "cold_grpo") for stage in wanted)
-    if dense and not any(run_folder.finished(out / f"seed{seed}" / stage) for seed in seeds for stage in wanted):
+    dense = any(STAGES[stage][0] != "grpo.py" for stage in wanted)
+    if dense and not any(run_folder.finished(folder) for folder, *_ in runs):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
         flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
-        call(f"opd.py --preflight-only {models} {flags}")
+        stages.call(f"opd.py --preflight-only {models} {flags}")
 
     # ---- train, then measure the base models and what every stage made
     tasks, names = {}, [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
-    for stage in wanted:
-        for seed in seeds:
-            folder, (before, command) = out / f"seed{seed}", stages[seed][stage]
-            log = folder / f"{stage}.log" if jobs > 1 else None
-            folder.mkdir(parents=True, exist_ok=True)
-            run = partial(execute, folder / stage, "run.json", command, [folder / b for b in before], args.nproc, log)
-            tasks[stage, seed] = [(b, seed) for b in before], run
-    for stage in ["base", "teacher_base", *wanted]:
-        for seed in seeds:
-            folder = out / f"seed{seed}"
-            model = {"base": args.student, "teacher_base": args.teacher}.get(stage, str(folder / stage))
-            command = f"eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
-            command += f"--out {q(str(folder))}/eval/{stage} --seed {seed} {args.eval_flags}"
-            log = folder / f"eval_{stage}.log" if jobs > 1 else None
-            folder.mkdir(parents=True, exist_ok=True)
-            done = f"{names[-1]}/summary.json"
-            run = partial(execute, folder / "eval" / stage, done, lambda c=command: c, [Path(model)], args.nproc, log)
-            tasks["eval", stage, seed] = [(stage, seed)] if stage in wanted else [], run
-    run_all(tasks, jobs)
-    report.write(out, names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
+    for folder, stage, seed, budget in runs:
+        here = partial(at, seed=seed, budget=budget)
+        command = partial(command_of, stage, args, budgets[budget], here, seed)
+        inputs = [here(one) for one in before(stage)]
+        log = folder.with_suffix(".log") if jobs > 1 else None
+        tasks[folder] = inputs, partial(stages.execute, folder, "run.json", command, inputs, args.nproc, log)
+    bases = {"base": args.student, "teacher_base": args.teacher}
+    measured = [(out / f"seed{seed}" / name, Path(model), seed) for name, model in bases.items() for seed in seeds]
+    for folder, model, seed in [*measured, *((folder, folder, seed) for folder, _, seed, _ in runs)]:
+        results = folder.parent / "eval" / folder.name
+        command = f"eval_math.py --model {q(str(model))} --benchmarks {shlex.join(args.benchmarks)} "
+        command += f"--out {q(str(results))} --seed {seed} {args.eval_flags}"
+        log = folder.parent / f"eval_{folder.name}.log" if jobs > 1 else None
+        run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, [model], args.nproc, log)
+        tasks[results] = [folder] if folder in tasks else [], run
+    stages.run_all(tasks, jobs)
+    report.write(out, at, list(budgets), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/flags.md
 """What the training loops of grpo.py, fkl_warmup.py and opd.py share: the flags of the plumbing, said once, and the few
 functions that all three call. Everything further down is in infra/; the algorithms are in the scripts."""
 
@@ -101,8 +101,9 @@ def check(args, positive: str) -> None:
     """Raise UsageError for a flag that cannot work: the shared ones, and those named in `positive` if not above 0.
     Replaces `--sampler auto` by what it means here."""
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
-    shared = "max_prompt_tokens max_response_tokens temperature rollout_batch_tokens micro_batch_tokens keep_last stop_patience"
-    require_positive(args, f"{positive} epochs max_steps learning_rate {shared}")
+    shared = "epochs max_steps learning_rate max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
+    require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
+    require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     choose_sampler(args)
@@ -156,11 +157,10 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
-    Raises UsageError if a step would need more than there are."""
-    rollouts = flag == "--rollouts-per-step"
-    have, more = ("rollouts", ", or raise --rollouts-per-prompt") if rollouts else ("problems of --train-data", "")
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} {have}; use at most that{more}")
+    """Steps of a run over `count` problems, `per_step` of them a step, as `flag` says; the last step wraps around. A step
+    may be larger than the data, as with few labels: it then passes over the problems again, with fresh samples."""
+    if per_step > count:
+        print(f"{flag} {per_step}: a step passes over the {count} problems {per_step / count:.1f} times, sampling anew")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 
@@ -171,7 +171,8 @@ def learning_rate(args, step: int, total_steps: int) -> float:
     if step <= rising:
         return args.learning_rate * step / rising
     left = (total_steps - step + 1) / (total_steps - rising)  # from 1 to just above 0
-    return args.learning_rate * {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[args.learning_rate_decay]
+    share = {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return args.learning_rate * share[args.learning_rate_decay]
 
 
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:

@@ -91,6 +91,11 @@ def main(args: Args) -> None:
     eval_set = common.load_eval(args, tokenizer)
     rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
+    require(
+        args.rollouts_per_step <= rollout_count,
+        f"--rollouts-per-step {args.rollouts_per_step} is more than the {rollout_count} rollouts; use at most that, or "
+        f"raise --rollouts-per-prompt",
+    )
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer
@@ -148,7 +153,7 @@ def main(args: Args) -> None:
             with models.autocast(device, dtype):
                 hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
-                weight = torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device)  # a mean over the batch's tokens
+                weight = torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device)  # a mean over all tokens
                 options = {"kind": "forward_kl", "weight": weight, "temperature": args.temperature, "target_ids": ids}
                 if args.loss == "ce":
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log

@@ -21,7 +21,7 @@ from infra import batches, cli, dataset, models, parallel, plan, run_folder, tel
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
-from infra.samples_page import RESPONSES, Samples
+from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
 
@@ -85,9 +85,9 @@ def main(args: Args) -> None:
         f"{args.minibatch_prompts}; choose a divisor",
     )
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
-    policy, G, updates = plan.Sizes.read(args.model, "--model"), args.group_size, args.prompts_per_step // args.minibatch_prompts
-    frozen = {"reference": policy} if args.kl_coef else {}
-    plan.check(args, plan.Workload(policy, frozen, sampled=policy, responses=args.prompts_per_step * G, updates=updates))
+    G, policy = args.group_size, plan.Sizes.read(args.model, "--model")
+    frozen, updates = {"reference": policy} if args.kl_coef else {}, args.prompts_per_step // args.minibatch_prompts
+    plan.check(args, plan.Workload(policy, frozen, policy, args.prompts_per_step * G, updates))
 
     # ---- problems and prompts
     problems = dataset.load_problems(args.train_data, "--train-data", True, args.prompt_column, args.answer_column)
@@ -134,7 +134,8 @@ def main(args: Args) -> None:
             batch = stream.take(args.prompts_per_step)
             sampled = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
             run.consult(problems[i] for i in batch)
-            rewards = common.grade(grader, tokenizer, [r.ids for r in sampled], [problems[i] for i in batch for _ in range(G)])
+            asked = [problems[i] for i in batch for _ in range(G)]
+            rewards = common.grade(grader, tokenizer, [r.ids for r in sampled], asked)
             drawn += [(i, sampled[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
             groups = [group for group in drawn if not args.dynamic_sampling or len(set(group[2])) > 1]
             if len(groups) >= args.prompts_per_step:
@@ -164,7 +165,8 @@ def main(args: Args) -> None:
         for b, (micro_batches, _) in enumerate(minibatches[1:], 1):
             for m, rows in enumerate(micro_batches):
                 with torch.no_grad():
-                    _, _, old_logprobs[b, m], _ = logprobs([prompts[batch[k]] for k in rows], [responses[k].ids for k in rows])
+                    prompt_ids, response_ids = [prompts[batch[k]] for k in rows], [responses[k].ids for k in rows]
+                    _, _, old_logprobs[b, m], _ = logprobs(prompt_ids, response_ids)
         meter.lap("score")
 
         # ---- train: an optimizer step per minibatch, gradients accumulated over its micro-batches
@@ -196,8 +198,8 @@ def main(args: Args) -> None:
                     with torch.no_grad(), models.autocast(device, dtype):
                         target = TeacherHead(*batches.response_hidden(ref, prompt_ids, response_ids)[:2])
                     with models.autocast(device, dtype):
-                        weight = torch.full_like(old, 1 / tokens)
-                        ref_kl, _ = fused_linear_divergence(hidden, head, target, weight=weight, temperature=args.temperature)
+                        options = {"weight": torch.full_like(old, 1 / tokens), "temperature": args.temperature}
+                        ref_kl, _ = fused_linear_divergence(hidden, head, target, kind="reverse_kl", **options)
                     loss = policy_loss + args.kl_coef * ref_kl
                     meter.sum("losses/ref_kl", ref_kl / len(minibatches))
                 (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks

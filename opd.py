@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     common.check(args, positive="prompts_per_step")
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(args, plan.Workload(student, {"teacher": teacher}, sampled=student, responses=args.prompts_per_step, cached=True))
+    plan.check(args, plan.Workload(student, {"teacher": teacher}, student, args.prompts_per_step, cached=True))
 
     # ---- problems and prompts
     problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
@@ -149,7 +149,7 @@ def main(args: Args) -> None:
                     target,
                     kind=args.loss,
                     jsd_beta=args.jsd_beta,
-                    weight=torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device),  # a mean over all of the batch's
+                    weight=torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device),  # a mean over all tokens
                     temperature=args.temperature,
                     target_ids=ids,
                 )

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels import TeacherHead, TeacherLogits, divergence_from_logits, fused_linear_divergence
-from kernels.divergence import reference_divergence
+from kernels.divergence_torch import reference_divergence
 from kernels.linear import empty_logits, operand_dtype, project, reduce_grads, rows_per_chunk
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # the generalised JSD of TRL and Liger ends in the KLs

@@ -1,4 +1,4 @@
-"""The plumbing: what nobody needs to open to understand an algorithm. One subject a module; docs/architecture.md has the map."""
+"""The plumbing: what nobody needs to open to understand an algorithm. docs/architecture.md has the map."""
 
 import transformers.utils
 

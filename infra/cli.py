@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """The command line: from what was typed to a script's Args, and from an error to one line and an exit code."""
 
 import ast
@@ -69,7 +69,8 @@ def docstrings(args_class) -> dict[str, str]:
     """{field: the string under it} of a dataclass, from its source."""
     [body] = [n.body for n in ast.parse(inspect.getsource(args_class)).body]
     pairs = zip(body, body[1:], strict=False)
-    return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+    pairs = [pair for pair in pairs if isinstance(pair[0], ast.AnnAssign) and isinstance(pair[1], ast.Expr)]
+    return {a.target.id: inspect.cleandoc(b.value.value) for a, b in pairs}
 
 
 def require(condition, message: str) -> None:

@@ -1,7 +1,8 @@
-# docs/common.md
+# docs/data.md
 """From a dataset to prompts: reading problems, their order, the one renderer of prompts."""
 
 import json
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def load_problems(spec: str, flag: str, need_answers: bool, prompt_column=None, 
     for column, name in ((prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")):
         require(column is None or column in rows[0], f"{name} {column}: {flag} {spec} has only {', '.join(columns)}")
     text_key = prompt_column or next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
-    require(text_key, f"{flag} {spec}: needs a column problem, question or prompt (or --prompt-column); it has {', '.join(columns)}")
+    needed = "a column problem, question or prompt (or --prompt-column)"
+    require(text_key, f"{flag} {spec}: needs {needed}; it has {', '.join(columns)}")
     problems = {}
     for number, row in enumerate(rows, 1):
         prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
@@ -161,6 +163,31 @@ class ProblemStream:
         start = self.position % self.count
         self.position += k
         return indices[start : start + k].tolist()
+
+
+def write_problems(path: Path, problems: list[Problem], source: str) -> str:
+    """Write problems as chat prompts, answers too where they have one; returns the path as text. Raises UsageError where
+    the file holds others than those of `source`."""
+    rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}]} for p in problems]
+    rows = [row | ({} if p.answer is None else {"answer": p.answer}) for row, p in zip(rows, problems, strict=True)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require(
+        not path.exists() or path.read_text(encoding="utf-8") == text,
+        f"{path}: holds other problems than {source}; choose another --out",
+    )
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def split_labels(spec: str, flag: str, folder: Path) -> tuple[str, str]:
+    """Split the problems of `spec` into files of 80 % and 20 %, shuffled with seed 42; returns FOLDER/train.jsonl and
+    FOLDER/heldout.jsonl. Raises UsageError where these hold other problems."""
+    problems = load_problems(spec, flag, need_answers=True)
+    random.Random(42).shuffle(problems)
+    cut = len(problems) * 4 // 5
+    parts = {"train": problems[:cut], "heldout": problems[cut:]}
+    return tuple(write_problems(folder / f"{name}.jsonl", part, f"{flag} {spec}") for name, part in parts.items())
 
 
 def benchmark_name(spec: str) -> str:

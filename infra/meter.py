@@ -55,8 +55,8 @@ class Meter:
         sums = torch.stack(list(self.sums.values())).cpu()
         counts = torch.tensor([self.counts.get(name, 0) for name in self.sums], dtype=torch.float64)
         sums, counts = parallel.all_reduce(torch.cat([sums, counts])).chunk(2)
-        counts = [max(count, 1) if name in self.counts else 1 for name, count in zip(self.sums, counts.tolist(), strict=True)]
-        metrics = {name: value / count for name, value, count in zip(self.sums, sums.tolist(), counts, strict=True)}
+        counts = counts.clamp(min=1)  # a sum has none
+        metrics = dict(zip(self.sums, (sums / counts).tolist(), strict=True))
         if self.largest:
             largest = parallel.all_reduce(torch.stack(list(self.largest.values())).cpu(), largest=True)
             metrics |= dict(zip(self.largest, largest.tolist(), strict=True))

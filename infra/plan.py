@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from infra import parallel
-from infra.cli import UsageError, require
+from infra.cli import require
 from infra.hub import explain_missing, from_hub
 from infra.models import autocast, device_and_dtype
 from kernels.linear import WORKSPACE_BYTES

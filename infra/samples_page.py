@@ -46,9 +46,9 @@ class Samples:
                 self.kept[k] = {name: [round(v, 4) for v in rows[j].tolist()] for name, rows in split.items()}
 
     def write(self, step: int, problems, responses, grader=None, rewards=None, advantages=None) -> None:
-        """Append the step's first responses to samples.jsonl and make samples.html anew. The lists have an entry per response
-        of the batch (dataset.Problem, sampler.Response). Without `rewards`, `grader` marks the few where there is a reference
-        answer. The colour "surprisal" needs no `keep`: it is that of the sampler.
+        """Append the step's first responses to samples.jsonl and make samples.html anew. The lists have an entry per
+        response of the batch (dataset.Problem, sampler.Response). Without `rewards`, `grader` marks the few where there is
+        a reference answer. The colour "surprisal" needs no `keep`: it is that of the sampler.
 
         What the file holds of this step or later ones comes from a run that was cut short, and is replaced."""
         if not self.due(step):

@@ -31,7 +31,7 @@ def of_responses(responses) -> dict[str, float]:
 
 
 def add_divergences(meter: Meter, stats: DivergenceStats, watched: str, lengths: list[int]) -> None:
-    """Both KLs, both entropies, and the `watched` KL by thirds of the responses, whose `lengths` pack the rows of `stats`."""
+    """Both KLs, both entropies, and the `watched` KL by thirds of the responses, whose `lengths` are those of `stats`."""
     meter.add("losses/reverse_kl", stats.reverse_kl)
     meter.add("losses/forward_kl", stats.forward_kl)
     meter.add("losses/entropy", stats.student_entropy)

@@ -14,18 +14,20 @@ The gradient of weight D with respect to the student's logits before their divis
     forward_kl   (p_s - p_t) weight / T
     reverse_kl   p_s (gap - E_s[gap]) weight / T,   gap = z_s - z_t                   the normalisers cancel
     jsd          (1 - jsd_beta) p_s (log p_s - log m - KL(p_s || m)) weight / T
+    a function   (g - p_s sum_v g_v) weight / T,   g = dD / d log p_s, by autograd
 
 It is computed in the forward pass, while a chunk's logits are at hand: four matrix products in all, two that make the
-logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives all three.
+logits and two that reduce their gradient. backward multiplies by a number. docs/kernels.md derives the gradients;
+divergence_torch.py and divergence_triton.py compute divergences and gradients, block by block.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from kernels.divergence_torch import BLOCK_ELEMENTS, KINDS, mean_over_support, torch_grad, torch_stats
 from kernels.linear import (
     GradsInForward,
     empty_logits,
@@ -36,11 +38,6 @@ from kernels.linear import (
     result_dtype,
     rows_per_chunk,
 )
-
-KINDS = ("forward_kl", "reverse_kl", "jsd")
-# The torch leaves work on a few rows at a time: on a CPU, one of 151,936 logits for each thread, their temporaries then
-# stay in the cache (six rows take twice the time a row).
-BLOCK_ELEMENTS = {"cpu": torch.get_num_threads() << 18, "cuda": 1 << 26}
 
 
 class TeacherHead(NamedTuple):
@@ -66,103 +63,6 @@ class DivergenceStats(NamedTuple):
     teacher_entropy: torch.Tensor
     student_logprob: torch.Tensor | None = None  # of target_ids
     teacher_logprob: torch.Tensor | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reference: the formula in float64, nothing saved
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def reference_divergence(student_logits, teacher_logits, kind, jsd_beta=0.5, temperature=1.0):  # (N, V), (N, V) -> (N,)
-    log_ps = torch.log_softmax(student_logits.double() / temperature, -1)
-    log_pt = torch.log_softmax(teacher_logits.double() / temperature, -1)
-
-    def kl(log_p, log_q):
-        p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-
-    if kind == "forward_kl":
-        return kl(log_pt, log_ps)
-    if kind == "reverse_kl":
-        return kl(log_ps, log_pt)
-    log_m = torch.logaddexp(log_ps + math.log1p(-jsd_beta), log_pt + math.log(jsd_beta))
-    return jsd_beta * kl(log_pt, log_m) + (1 - jsd_beta) * kl(log_ps, log_m)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernel: the two leaves in torch. divergence_triton.py has the same two for CUDA.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Leaf(NamedTuple):
-    """What the stats leaf finds out about a block of r rows."""
-
-    divergence: torch.Tensor  # (r, 1), as all the others
-    forward_kl: torch.Tensor
-    reverse_kl: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    student_log_z: torch.Tensor
-    teacher_log_z: torch.Tensor
-    saved: tuple  # for the grad leaf
-
-
-def softmax_and_log_z(z):  # (r, V) -> (r, V), (r, 1)
-    p = torch.softmax(z, -1)
-    # On a CPU softmax adds its normaliser up in plain fp32: 1e-5 off at 151,936 ids. A careful sum repairs that.
-    p.div_(p.sum(-1, keepdim=True))
-    # The largest probability is exp(max - log_z), so two maxima spare a second pass of exponentials.
-    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-
-
-def mean(p, x):  # (r, V), (r, V) -> (r, 1)
-    return (p * x).sum(-1, keepdim=True)
-
-
-def mean_over_support(p, x):
-    """A sum over p leaves out the ids with p = 0, even where x is infinite or nan there: 0 log 0 = 0."""
-    return mean(p, x.masked_fill(p == 0, 0))
-
-
-def torch_stats(zs, zt, kind, jsd_beta, inv_t):  # (r, V), (r, V) -> Leaf
-    dtype = torch.promote_types(zs.dtype, torch.float32)
-    zs, zt = zs.to(dtype), zt.to(dtype)
-    if inv_t != 1:
-        zs, zt = zs * inv_t, zt * inv_t
-    ps, log_z_s = softmax_and_log_z(zs)
-    pt, log_z_t = softmax_and_log_z(zt)
-    gap, shift = zs - zt, log_z_s - log_z_t  # log p_s - log p_t = gap - shift
-
-    moments = mean(ps, gap), mean(pt, gap), mean(ps, zs), mean(pt, zt)
-    if sum(moments).isnan().any():  # 0 * inf: some logit is -inf, or so low that its probability is 0
-        moments = (mean_over_support(*px) for px in ((ps, gap), (pt, gap), (ps, zs), (pt, zt)))
-        gap = gap.masked_fill(ps == 0, 0)
-    gap_s, gap_t, mean_zs, mean_zt = moments
-    forward_kl, reverse_kl = shift - gap_t, gap_s - shift
-
-    if kind == "forward_kl":
-        divergence, saved = forward_kl, (ps, pt)
-    elif kind == "reverse_kl":
-        divergence, saved = reverse_kl, (ps, gap, gap_s)
-    else:
-        # log p_s - log m = -log(1 - beta + beta p_t / p_s) by d = log p_s - log p_t alone: exactly 0 at d = 0, and no
-        # probability is taken the logarithm of. Beyond |d| = 80 one of the two is below 1e-34: the clamp is not seen.
-        d = (zs - zt - shift).nan_to_num_(nan=0.0).clamp_(-80, 80)
-        ratio_s = torch.expm1(-d).mul_(jsd_beta).log1p_().neg_()  # log p_s - log m
-        ratio_t = ratio_s - d  # log p_t - log m
-        kl_student = mean(ps, ratio_s)
-        divergence = jsd_beta * mean(pt, ratio_t) + (1 - jsd_beta) * kl_student
-        saved = ps, ratio_s, kl_student
-    return Leaf(divergence, forward_kl, reverse_kl, log_z_s - mean_zs, log_z_t - mean_zt, log_z_s, log_z_t, saved)
-
-
-def torch_grad(leaf, scale, kind, jsd_beta, out):  # scale (r, 1) = weight / T, out (r, V)
-    if kind == "forward_kl":
-        ps, pt = leaf.saved
-        out.copy_((ps - pt).mul_(scale))
-    else:
-        ps, score, mean_score = leaf.saved
-        out.copy_((score - mean_score).mul_(ps).mul_(scale * (1 - jsd_beta) if kind == "jsd" else scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,15 +100,15 @@ def topk_target(teacher, target):  # (r, K), (r, 1) -> (r, 1)
 
 
 class Formula(NamedTuple):
-    kind: str
+    kind: str | Callable
     jsd_beta: float
     inv_t: float
-    weight_fn: Callable | None
 
 
-def choose_leaves(teacher, device, dtype):
+def choose_leaves(kind, teacher, device, dtype):
     """(stats leaf, grad leaf, how many logits they take at a time)."""
-    if device.type == "cuda" and dtype == torch.float32 and not isinstance(teacher, TeacherTopK):
+    in_torch = callable(kind) or isinstance(teacher, TeacherTopK) or dtype != torch.float32
+    if device.type == "cuda" and not in_torch:
         try:
             from kernels.divergence_triton import triton_grad, triton_stats
 
@@ -223,7 +123,7 @@ def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
 
     Writes the gradient with respect to zs to dz (r, V), which may be the memory of zs itself.
     """
-    kind, jsd_beta, inv_t, weight_fn = formula
+    kind, jsd_beta, inv_t = formula
     stats_leaf, grad_leaf, _ = leaves
     topk = isinstance(teacher, TeacherTopK)
     us, ut, logit_scale = zs, teacher, inv_t
@@ -243,8 +143,6 @@ def block_loss(zs, teacher, weight, target_ids, dz, formula, leaves):
         stats.append(ut.gather(1, bucket).to(weight.dtype) * logit_scale - leaf.teacher_log_z)
     stats = DivergenceStats(*(s.squeeze(1) for s in stats))
 
-    if weight_fn is not None:
-        weight = weight * weight_fn(stats).detach()
     if dz is not None:
         scale = (weight * inv_t).unsqueeze(1)  # (r, 1)
         if topk:
@@ -262,12 +160,12 @@ def take(x, rows):
     return x._make(t[rows] for t in x) if isinstance(x, TeacherTopK) else None if x is None else x[rows]
 
 
-def logits_reader(hidden_or_logits, head, V, C, dtype, operand):
+def logits_reader(hidden_or_logits, head, V, C, dtype, operand, width):
     """-> the head as the products read it (None for logits), and a function from rows to their logits (c, V)."""
     if head is None:
         return None, lambda rows: hidden_or_logits[rows, :V]
     head = head[:V].to(operand)
-    buffer = empty_logits(C, V, dtype, head.device)
+    buffer = empty_logits(C, V, dtype, head.device)[:, :width]
 
     def read(rows):
         hidden = hidden_or_logits[rows].to(operand)  # (c, H)
@@ -302,26 +200,27 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     in_place = head is not None and device.type == "cpu"
     bytes_per_row = V * (2 * dtype.itemsize + (0 if in_place else operand.itemsize))
     C = rows_per_chunk(n, bytes_per_row, workspace_bytes, device)
-    leaves = choose_leaves(teacher, device, dtype)
+    leaves = choose_leaves(formula.kind, teacher, device, dtype)
     B = min(C, max(1, leaves[2] // V))
+    width = V if leaves[0] is torch_stats else None  # the padding of our buffers is for Triton
 
-    student_head, read_student = logits_reader(student, head, V, C, dtype, operand)
+    student_head, read_student = logits_reader(student, head, V, C, dtype, operand, width)
     if isinstance(teacher, TeacherTopK):
 
         def read_teacher(rows):
             return take(teacher, rows)
 
     elif isinstance(teacher, TeacherLogits):
-        _, read_teacher = logits_reader(teacher.logits, None, V, C, dtype, None)
+        _, read_teacher = logits_reader(teacher.logits, None, V, C, dtype, None, width)
     else:
         teacher_operand = operand_dtype(teacher.hidden)
         if result_dtype(teacher_operand) != dtype:
             teacher_operand = dtype
-        _, read_teacher = logits_reader(teacher.hidden, teacher.weight, V, C, dtype, teacher_operand)
+        _, read_teacher = logits_reader(teacher.hidden, teacher.weight, V, C, dtype, teacher_operand, width)
     dstudent = torch.zeros_like(student) if needs_student else None
     dhead = torch.zeros_like(head, dtype=dtype) if needs_head else None
     if any(needs_grad) and head is not None and not in_place:
-        dz_buffer = empty_logits(C, V, operand, device)
+        dz_buffer = empty_logits(C, V, operand, device)[:, :width]
 
     # Weighted divergence and statistics of every row, 0 where masked. One table: small results kept from block to block
     # would each pin a hole in the heap where a block's temporaries were.
@@ -347,10 +246,10 @@ def loss_and_grads(student, head, teacher, weight, target_ids, needs_grad, opera
     return losses.sum(), DivergenceStats(*stats), dstudent, dhead
 
 
-def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes):
+def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes):
     """Checks what the caller passed, computes loss and gradients, and ties them into autograd."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind not in KINDS and not callable(kind):
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, or a function; got {kind!r}")
     if not 0 <= jsd_beta <= 1:
         raise ValueError(f"jsd_beta must lie between 0 (forward KL) and 1 (reverse KL); got {jsd_beta}")
     if not temperature > 0:
@@ -371,7 +270,7 @@ def divergence(student, head, teacher, weight, kind, jsd_beta, temperature, targ
         raise ValueError(f"TeacherTopK needs ids and logprobs of one shape; got {shapes[0]} and {shapes[1]}")
     if kind == "jsd" and jsd_beta in (0, 1):
         kind = "reverse_kl" if jsd_beta else "forward_kl"  # the limits; the formula itself gives 0 there
-    formula = Formula(kind, float(jsd_beta), 1 / temperature, weight_fn)
+    formula = Formula(kind, float(jsd_beta), 1 / temperature)
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (student, head)]
     operand = operand_dtype(student)  # reads the autocast state, which the products below must not see
     teacher_type = type(teacher)
@@ -400,7 +299,6 @@ def fused_linear_divergence(
     jsd_beta=0.5,
     temperature=1.0,
     target_ids=None,
-    weight_fn=None,
     workspace_bytes=None,
 ):
     """sum_n weight[n] D(student_n, teacher_n) over the full vocabulary, without the (N, V) logits.
@@ -411,12 +309,11 @@ def fused_linear_divergence(
         teacher: `TeacherHead`, `TeacherLogits` or `TeacherTopK`; it gets no gradient. Where the vocabularies differ in
             size, the ids that both have are the vocabulary, and the rest of the head's gradient is 0.
         weight: (N,) constants: mask, 1 / token count, importance weights, of any sign. Rows of weight 0 cost nothing.
-        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), or "jsd".
+        kind: "forward_kl" = KL(teacher || student), "reverse_kl" = KL(student || teacher), "jsd", or a function of the
+            two models' log-probabilities at temperature T, (log_p_student, log_p_teacher), both (r, V), -> (r,). See below.
         jsd_beta: weight of the teacher in the mixture; at 0 and 1 "jsd" is the forward and the reverse KL.
         temperature: divides both models' logits (a `TeacherTopK` is taken as it is); there is no factor T^2.
         target_ids: (N,) int64, the ids whose log-probabilities to report in the statistics.
-        weight_fn: `DivergenceStats` of some rows -> (rows,) constants that multiply their weight. It sees any subset
-            of the rows, so it must treat each row by itself.
         workspace_bytes: room for one chunk's logits and their gradient; `linear.WORKSPACE_BYTES` by default. It
             changes speed and memory, not the result.
 
@@ -428,15 +325,21 @@ def fused_linear_divergence(
     A logit of -inf in both models counts 0. In the teacher alone, where the student has mass, it makes the reverse KL
     infinite and its gradient useless; in the student alone, likewise for the forward KL.
 
+    A function as `kind` gets r of the rows at a time, any of them, so it must treat each row by itself: a sum or a mean
+    over rows would depend on how they were cut. It is written in torch, in fp32 (fp64 for fp64 inputs), and autograd
+    differentiates it in log_p_student, which it must not change in place; nothing else gets a gradient. log 0 comes as
+    -1e18, so that 0 (log 0 - log 0) is 0 in its value and its gradient; where a built-in kind is infinite, the same
+    formula as a function is very large. With a `TeacherTopK` V is K + 1: the K ids, and last the tail. It is called
+    again by a second backward through a retained graph. On a GPU it runs as plain torch, without the Triton leaves.
+
     The gradients are computed here, so the loss can be scaled and added to others but not differentiated twice.
 
-    Raises `ValueError` for an unknown kind, an impossible jsd_beta or temperature, row counts that differ, a weight
-    that requires grad, and a DTensor.
+    Raises `ValueError` for an unknown kind, a function whose result has another shape or no gradient, an impossible
+    jsd_beta or temperature, row counts that differ, a weight that requires grad, and a DTensor.
     """
     return divergence(
-        student_hidden, student_weight, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn,
-        workspace_bytes,
-    )  # fmt: skip
+        student_hidden, student_weight, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes
+    )
 
 
 def divergence_from_logits(
@@ -448,13 +351,10 @@ def divergence_from_logits(
     jsd_beta=0.5,
     temperature=1.0,
     target_ids=None,
-    weight_fn=None,
     workspace_bytes=None,
 ):
     """`fused_linear_divergence` for callers who have the student's logits (N, V) already.
 
     Two passes over the logits, the gradient (N, V) in their dtype, and nothing else of that size.
     """
-    return divergence(
-        student_logits, None, teacher, weight, kind, jsd_beta, temperature, target_ids, weight_fn, workspace_bytes
-    )
+    return divergence(student_logits, None, teacher, weight, kind, jsd_beta, temperature, target_ids, workspace_bytes)

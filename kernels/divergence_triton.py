@@ -1,5 +1,5 @@
 # docs: docs/kernels.md
-"""The stats and grad leaves of divergence.py for CUDA: two passes over the logits, three for the jsd.
+"""The stats and grad leaves of divergence_torch.py for CUDA: two passes over the logits, three for the jsd.
 
 One program takes one row. Every thread keeps an online softmax of its own over the columns it reads, and the threads
 are merged once, after the loop: a tile is shaped (threads, VECTOR) and reduced over VECTOR only, so the loop has no
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.divergence import KINDS, Leaf
+from kernels.divergence_torch import KINDS, Leaf
 
 FORWARD_KL, REVERSE_KL, JSD = (tl.constexpr(i) for i in range(3))  # positions in KINDS
 STATS_WARPS, GRAD_WARPS, GRAD_BLOCK = 16, 8, 4096

@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from kernels.divergence import BLOCK_ELEMENTS, mean, mean_over_support, softmax_and_log_z
+from kernels.divergence_torch import BLOCK_ELEMENTS, mean, mean_over_support, softmax_and_log_z
 from kernels.linear import (
     empty_logits,
     operand_dtype,

@@ -12,7 +12,7 @@ from kernels import (
     fused_linear_divergence,
     fused_linear_logprob,
 )
-from kernels.divergence import reference_divergence
+from kernels.divergence_torch import reference_divergence
 from kernels.logprob import reference_logprob
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
@@ -66,6 +66,13 @@ for V, dtype in ((1000, torch.float32), (151669, torch.bfloat16), (151936, torch
             check([loss], [expected], 1e-3, f"{what}, from logits")
             grads = torch.autograd.grad(loss, zs), torch.autograd.grad(expected, zs64)
             check(*grads, tolerance, f"{what}, logits' gradient")
+
+    own_kl = lambda log_ps, log_pt: (log_ps.exp() * (log_ps - log_pt)).sum(-1)  # noqa: E731
+    for teacher in (TeacherHead(target, teacher_head), TeacherLogits(zt)):
+        loss, _ = fused_linear_divergence(x, head, teacher, weight=weight, kind=own_kl)
+        expected = (weight * reference_divergence(x64 @ head64.T, zt, "reverse_kl")).sum()
+        grads = torch.autograd.grad(loss, (x, head)), torch.autograd.grad(expected, (x64, head64))
+        check(*grads, tolerance, f"V = {V}, a function, gradient")
 
     logprobs, topk_ids = zt.log_softmax(-1).topk(32)
     loss, _ = fused_linear_divergence(x, head, TeacherTopK(topk_ids, logprobs.float()), weight=weight)

@@ -10,7 +10,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`
 
 import torch
 
-from kernels.divergence import Formula, block_loss, reference_divergence, torch_grad, torch_stats
+from kernels.divergence import Formula, block_loss
+from kernels.divergence_torch import reference_divergence, torch_grad, torch_stats
 from kernels.divergence_triton import triton_grad, triton_stats
 from kernels.linear import empty_logits
 from kernels.logprob import reference_logprob
@@ -109,7 +110,7 @@ assert empty_logits(2, 30, torch.float32, torch.device("cpu")).shape == (2, 30)
 # the block that calls the leaves: same losses, statistics and gradients with either set, padding columns included
 ids, weight = torch.randint(3001, (3,)), torch.rand(3)
 for kind, jsd_beta in KINDS:
-    formula, results = Formula(kind, jsd_beta, 1 / 0.7, lambda stats: 1 / (1 + stats.teacher_entropy)), []
+    formula, results = Formula(kind, jsd_beta, 1 / 0.7), []
     for leaves, V in (((triton_stats, triton_grad, 0), 3008), ((torch_stats, torch_grad, 0), 3001)):
         dz = torch.empty(3, V)
         losses, stats = block_loss(wide_s[::2, :V], wide_t[:, :V], weight, ids, dz, formula, leaves)

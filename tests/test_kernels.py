@@ -5,20 +5,27 @@ one): kernels_interpret.py runs them on the CPU, kernels_aot.py compiles them fo
 GPU, kernels_cuda.py compares whole losses.
 """
 
+import ast
 import importlib.util
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels.divergence
+import kernels.divergence_torch
 import kernels.linear
 import kernels.logprob
 from kernels import (
@@ -30,7 +37,7 @@ from kernels import (
     fused_linear_logprob,
     head_weight,
 )
-from kernels.divergence import reference_divergence
+from kernels.divergence_torch import reference_divergence
 from kernels.linear import rows_per_chunk
 from kernels.logprob import reference_logprob
 
@@ -158,7 +165,7 @@ def test_topk_stats():
     torch.testing.assert_close(stats.teacher_logprob[1], ut[1, K])
 
 
-@pytest.mark.parametrize(("kind", "jsd_beta"), KINDS)
+@pytest.mark.parametrize(("kind", "jsd_beta"), [*KINDS, (lambda *log_p: own_kl(*log_p), 0.5)])
 def test_topk_of_every_id_is_the_divergence_itself(kind, jsd_beta):
     zs, zt = randn(N, V, grad=True), randn(N, V)
     ids = torch.stack([torch.randperm(V) for _ in range(N)])
@@ -323,7 +330,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 
     whole = everything()
     for rows in (1, 4):
-        monkeypatch.setitem(kernels.divergence.BLOCK_ELEMENTS, "cpu", rows * V)
+        monkeypatch.setitem(kernels.divergence_torch.BLOCK_ELEMENTS, "cpu", rows * V)
         for value, expected in zip(everything(), whole, strict=True):
             torch.testing.assert_close(value, expected)
 
@@ -563,24 +570,6 @@ def test_rows_that_are_not_contiguous():
         torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (loss, expected)))
 
 
-def test_weight_fn():
-    """A per-token factor from the statistics is a constant: it scales the loss and gets no gradient."""
-    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(N, HT), randn(V, HT))
-    weight, ids = torch.rand(N, dtype=torch.float64), torch.randint(V, (N,))
-
-    def confident(stats):
-        return (stats.teacher_logprob - stats.student_logprob).exp().clamp(max=2) * (stats.teacher_entropy < 2)
-
-    _, stats = fused_linear_divergence(x, head, teacher, target_ids=ids)
-    expected, _ = fused_linear_divergence(x, head, teacher, weight=weight * confident(stats))
-    loss, _ = fused_linear_divergence(
-        x, head, teacher, weight=weight, weight_fn=confident, target_ids=ids, workspace_bytes=4 * V * 16
-    )
-    torch.testing.assert_close(loss, expected)
-    for value, reference in zip(*(torch.autograd.grad(v, (x, head)) for v in (loss, expected)), strict=True):
-        torch.testing.assert_close(value, reference)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_inputs_keep_fp32_logits(dtype, autocast):
@@ -658,6 +647,215 @@ def test_head_weight():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A divergence of the caller's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def own_kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def own_jsd(log_ps, log_pt, jsd_beta):
+    log_m = torch.logaddexp(log_ps + math.log1p(-jsd_beta), log_pt + math.log(jsd_beta))
+    return jsd_beta * own_kl(log_pt, log_m) + (1 - jsd_beta) * own_kl(log_ps, log_m)
+
+
+def skewed_reverse_kl(log_ps, log_pt, skew=0.1):
+    """KL(p_s || (1 - skew) p_t + skew p_s)."""
+    return own_kl(log_ps, torch.logaddexp(log_pt + math.log1p(-skew), log_ps + math.log(skew)))
+
+
+OWN_KINDS = {
+    ("forward_kl", 0.5): lambda log_ps, log_pt: own_kl(log_pt, log_ps),
+    ("reverse_kl", 0.5): own_kl,
+    ("jsd", 0.5): partial(own_jsd, jsd_beta=0.5),
+    ("jsd", 0.1): partial(own_jsd, jsd_beta=0.1),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of two rows, in chunks that workspace_bytes sets."""
+    monkeypatch.setitem(kernels.divergence_torch.BLOCK_ELEMENTS, "cpu", 2 * V)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("how", "extra"), [*itertools.product(("head", "logits"), (-3, 0, 3)), ("topk", 0), ("topk", -3)])
+def test_own_kind_against_naive_autograd(how, temperature, extra, small_blocks):
+    """The skewed reverse KL: gradcheck, and value and gradient of the full-vocabulary formula. V' != V, weights of 0."""
+    x, head, target = randn(N, HS, grad=True), randn(V, HS, grad=True), randn(N, HT)
+    teacher_head, shared = randn(V + extra, HT), min(V, V + extra)
+    teacher = make_teacher(how, target, teacher_head, temperature)
+    weight = torch.tensor([1.0, 0.0, -0.5, 2.0, 0.0, 0.3], dtype=torch.float64)
+    options = dict(weight=weight, kind=skewed_reverse_kl, temperature=temperature, workspace_bytes=3 * V * 16)
+    logits = (x @ head.T).detach().requires_grad_()
+    assert gradcheck(lambda x, head: fused_linear_divergence(x, head, teacher, **options)[0], (x, head))
+    assert gradcheck(lambda z: divergence_from_logits(z, teacher, **options)[0], (logits,))
+
+    if how == "topk":
+        _, ut = reference_buckets(randn(N, V + extra), target @ teacher_head.T, teacher.ids, temperature)
+        us, _ = reference_buckets(x @ head.T, randn(N, V), teacher.ids, temperature)
+    else:
+        zs, zt = x @ head.T / temperature, target @ teacher_head.T / temperature
+        us, ut = (z[:, :shared].log_softmax(-1) for z in (zs, zt))
+    expected = (weight * skewed_reverse_kl(us, ut)).sum()
+    loss, _ = fused_linear_divergence(x, head, teacher, **options)
+    torch.testing.assert_close(loss, expected)
+    for value, reference in zip(*(torch.autograd.grad(v, (x, head)) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(value, reference)
+    torch.testing.assert_close(divergence_from_logits(logits, teacher, **options)[0], loss)
+
+
+@pytest.mark.parametrize("how", ["head", "logits", "topk"])
+@pytest.mark.parametrize(("kind", "jsd_beta"), OWN_KINDS)
+def test_own_kind_equals_the_built_in_one(kind, jsd_beta, how, small_blocks):
+    """Loss, statistics, both gradients, and the gradient of a further backward through a retained graph."""
+    x, head, teacher = randn(N, HS, grad=True), randn(V, HS, grad=True), make_teacher(how, randn(N, HT), randn(V, HT))
+    options = dict(
+        weight=torch.tensor([1.0, 0.0, -0.5, 2.0, 0.0, 0.3], dtype=torch.float64), temperature=0.7, jsd_beta=jsd_beta,
+        target_ids=torch.randint(V, (N,)), workspace_bytes=3 * V * 16,
+    )  # fmt: skip
+    results = []
+    for chosen in (kind, OWN_KINDS[kind, jsd_beta]):
+        loss, stats = fused_linear_divergence(x, head, teacher, kind=chosen, **options)
+        first = torch.autograd.grad(loss, (x, head), retain_graph=True)
+        results.append((loss, *stats, *first, *torch.autograd.grad(3.7 * loss, (x, head))))
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_own_kind_does_not_depend_on_chunks_and_blocks(monkeypatch):
+    rows = 300
+    x, head, teacher = randn(rows, HS, grad=True), randn(V, HS, grad=True), TeacherHead(randn(rows, HT), randn(V, HT))
+    weight = torch.rand(rows, dtype=torch.float64) * (torch.rand(rows) < 0.8)
+    results = []
+    for chunk, block in ((1000, 1000), (1, 1), (7, 3), (130, 50)):
+        monkeypatch.setitem(kernels.divergence_torch.BLOCK_ELEMENTS, "cpu", block * V)
+        options = dict(weight=weight, kind=skewed_reverse_kl, workspace_bytes=chunk * V * 16)
+        loss, stats = fused_linear_divergence(x, head, teacher, **options)
+        results.append((loss, *stats[:4], *torch.autograd.grad(loss, (x, head))))
+    for result in results[1:]:
+        for value, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("name", edge_logits())
+@pytest.mark.parametrize(("kind", "jsd_beta"), OWN_KINDS)
+def test_own_kind_at_edge_values(name, kind, jsd_beta):
+    """As the built-in kind where that is finite, and large where it is not."""
+    zs, zt, infinite = edge_logits()[name]
+    zs.requires_grad_()
+    loss, _ = divergence_from_logits(zs, TeacherLogits(zt), kind=OWN_KINDS[kind, jsd_beta])
+    expected, _ = divergence_from_logits(zs, TeacherLogits(zt), kind=kind, jsd_beta=jsd_beta)
+    if kind in infinite:
+        assert expected.isinf() and loss > 1e15
+    else:
+        spike = "spike" in name  # a logit of 3e4 is itself only known to 2e-3
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=4e-3 if spike else 1e-6)
+        grads = (torch.autograd.grad(v, zs)[0] for v in (loss, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4 if spike else 1e-6)
+
+
+def test_own_kind_never_sees_the_padding_of_a_gpus_buffers(monkeypatch):
+    """On CUDA our buffers have columns of -inf for Triton; a caller's function counts on V columns."""
+
+    def padded(rows, vocab, dtype, device):
+        return torch.full((rows, vocab + 3), -INF, dtype=dtype, device=device)
+
+    x, head, target, teacher_head = randn(N, HS, grad=True), randn(V, HS, grad=True), randn(N, HT), randn(V, HT)
+    mean_square = lambda log_ps, log_pt: (log_ps - log_pt).square().mean(-1)  # noqa: E731
+    results = []
+    for buffers in (None, padded):
+        if buffers:
+            monkeypatch.setattr(kernels.divergence, "empty_logits", buffers)
+        for teacher in (TeacherHead(target, teacher_head), TeacherLogits(target @ teacher_head.T)):
+            loss, _ = fused_linear_divergence(x, head, teacher, kind=mean_square)
+            results.append((loss, *torch.autograd.grad(loss, (x, head))))
+    for result in results[1:]:
+        for value, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+def test_own_kind_in_fp32_from_bf16_and_without_gradients():
+    x, head = (randn(*shape, dtype=torch.bfloat16, grad=True) for shape in ((N, HS), (V, HS)))
+    teacher, dtypes = TeacherHead(randn(N, HT, dtype=torch.bfloat16), randn(V, HT)), []
+
+    def spy(log_ps, log_pt):
+        dtypes.extend((log_ps.dtype, log_pt.dtype))
+        return own_kl(log_ps, log_pt).double()  # its own dtype does not matter
+
+    loss, _ = fused_linear_divergence(x, head, teacher, kind=spy)
+    expected, _ = fused_linear_divergence(x, head, teacher)
+    torch.testing.assert_close(loss, expected)
+    for value, reference in zip(*(torch.autograd.grad(v, (x, head)) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(value, reference)
+    for no_gradients in (torch.no_grad, torch.inference_mode):
+        with no_gradients():
+            loss, _ = fused_linear_divergence(x, head, teacher, kind=spy)
+        torch.testing.assert_close(loss, expected.detach())
+    assert set(dtypes) == {torch.float32} and not loss.requires_grad
+
+
+def test_own_kind_that_returns_something_else():
+    x, head, teacher = randn(N, HS, grad=True), randn(V, HS), TeacherHead(randn(N, HT), randn(V, HT))
+    wrong = [
+        (lambda log_ps, log_pt: log_ps - log_pt, rf"into \({N},\); it returned \({N}, {V}\)"),
+        (lambda log_ps, log_pt: (log_ps - log_pt).sum(-1, keepdim=True), rf"it returned \({N}, 1\)"),
+        (lambda log_ps, log_pt: (log_ps - log_pt).mean(), r"it returned \(\)"),
+        (lambda log_ps, log_pt: None, "it returned NoneType"),
+        (lambda log_ps, log_pt: own_kl(log_ps, log_pt).detach(), "does not depend on log_p_student"),
+    ]
+    for kind, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            fused_linear_divergence(x, head, teacher, kind=kind)
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of the tensors that operations make while it is active, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            self.sizes += [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if torch.is_tensor(t)]
+        return out
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", skewed_reverse_kl])
+def test_nothing_of_all_tokens_logits_is_allocated(kind, monkeypatch):
+    rows, vocab = 60, 1000
+    monkeypatch.setitem(kernels.divergence_torch.BLOCK_ELEMENTS, "cpu", 2 * vocab)
+    x, head = randn(rows, HS, grad=True), randn(vocab, HS, grad=True)
+    teacher = TeacherHead(randn(rows, HT), randn(vocab, HT))
+    with Allocations() as allocations:
+        fused_linear_divergence(x, head, teacher, kind=kind, workspace_bytes=10 * vocab * 16)[0].backward()
+    assert max(allocations.sizes) == 10 * vocab  # one chunk's logits
+    with Allocations() as allocations:
+        own_kl((x @ head.T).log_softmax(-1), (teacher.hidden @ teacher.weight.T).log_softmax(-1)).sum().backward()
+    assert max(allocations.sizes) == rows * vocab  # it does see one
+
+
+@pytest.mark.parametrize("name", ["divergence", "logprob"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_head_has_no_gradient_in_memory(name, frozen):
+    """A body that is trained under a frozen head, as with adapters: no (V, H) tensor is made, its product not computed."""
+    rows, vocab, hidden = 4, 50, 300  # the head is larger than all the logits together
+    x, head, ids = randn(rows, hidden, grad=True), randn(vocab, hidden, grad=not frozen), torch.randint(vocab, (rows,))
+    teacher = TeacherLogits(randn(rows, vocab))
+    with Allocations() as allocations:
+        if name == "divergence":
+            fused_linear_divergence(x, head, teacher)[0].backward()
+        else:
+            sum(value.sum() for value in fused_linear_logprob(x, head, ids)).backward()
+    assert x.grad is not None and (head.grad is None) == frozen
+    assert (max(allocations.sizes) >= vocab * hidden) == (not frozen)
+    assert not frozen or max(allocations.sizes) == rows * hidden  # dX
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fused_linear_logprob
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -720,6 +918,21 @@ def test_logprob_edge_values():
         logprobs, entropy = fused_linear_logprob(x, head, torch.zeros(rows).long())
         (logprobs.sum() + entropy.sum()).backward()
         assert (logprobs == 0).all() and (entropy == 0).all() and (head.grad == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_import_circle():
+    """Imports inside functions count too."""
+    imports = {}
+    for path in (ROOT / "kernels").glob("[!_]*.py"):
+        names = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        imports[f"kernels.{path.stem}"] = {name for name in names if name.startswith("kernels")}
+    order = list(TopologicalSorter(imports).static_order())  # raises CycleError
+    assert set(order) == set(imports) and order.index("kernels.divergence_triton") < order.index("kernels.divergence")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
