@@ -106,6 +106,8 @@ class Grader:
     timeouts    responses scored 0 because the worker died on their answer: killed at the deadline, or a crash
     """
 
+    uses_labels = True
+
     def __init__(self, kind: str = "math", timeout: float = 5.0, workers: int = 2, memory_gb: float = 2.0):
         if kind not in ("math", "boxed"):
             raise ValueError(f"kind must be 'math' or 'boxed', not {kind!r}")
