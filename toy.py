@@ -342,7 +342,7 @@ def write_problems(args):
     splits = {}
     for name, size in sizes.items():
         splits[name], unique = [{"problem": p, "answer": str(a)} for p, a in unique[:size]], unique[size:]
-        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as f:
+        with open(os.path.join(args.out, f"{name}.jsonl"), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in splits[name])
     return splits["dev"]
 
@@ -382,7 +382,7 @@ def main(args: Args):
             print(f"{role}: " + "  ".join(f"{k} {v}" for k, v in report[role].items()))
     report["seconds"] = round(time.time() - start, 1)
     print(f"{args.out}: {report['seconds']} s")
-    with open(os.path.join(args.out, "toy.json"), "w") as f:
+    with open(os.path.join(args.out, "toy.json"), "w", encoding="utf-8") as f:
         json.dump(report, f, indent=1)
 
 

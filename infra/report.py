@@ -64,8 +64,8 @@ def cost(out: Path, seeds: list[int], stages: list[str]) -> dict:
     for seed in seeds:
         labels = set()
         for stage in stages:
-            run = json.loads((out / f"seed{seed}/{stage}/run.json").read_text())
-            labels |= set(json.loads((out / f"seed{seed}/{stage}/labels.json").read_text()))
+            run = json.loads((out / f"seed{seed}/{stage}/run.json").read_text(encoding="utf-8"))
+            labels |= set(json.loads((out / f"seed{seed}/{stage}/labels.json").read_text(encoding="utf-8")))
             kind = "rl_updates" if "group_size" in run["args"] else "dense_updates"
             for key, value in ((kind, "updates"), ("sampled_tokens", "sampled_tokens"), ("flops", "flops")):
                 total[key] += run[value] / len(seeds)
@@ -107,10 +107,11 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
     for benchmark in benchmarks[1:]:
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
-    (out / "report.json").write_text(json.dumps(record, indent=2))
+    (out / "report.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     text = markdown(record)
     (out / "report.md").write_text(
-        f"# Accuracy on {benchmarks[0]}\n\n{text}\n\n![accuracy and learning curves](report.png)\n"
+        f"# Accuracy on {benchmarks[0]}\n\n{text}\n\n![accuracy and learning curves](report.png)\n",
+        encoding="utf-8",
     )
     plot(out, record)
     print(f"\n{text}\n\nwrote {out}/report.json and report.md")
@@ -180,7 +181,7 @@ def plot(out: Path, record: dict) -> None:
             curve = {}
             for seed in record["seeds"]:
                 path = out / f"seed{seed}/{name}/metrics.jsonl"
-                for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
                     if key in row:
                         curve.setdefault(row["step"], []).append(row[key])
             if curve:
@@ -198,14 +199,15 @@ def main(args: Args) -> None:
     readme, results = root / "README.md", root / "benchmarks/results"
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
-        record, begin, end = json.loads((run / "report.json").read_text()), f"<!-- report {run.name} -->\n", "\n<!-- end -->"
-        before, found, rest = readme.read_text().partition(begin)
+        record = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        begin, end = f"<!-- report {run.name} -->\n", "\n<!-- end -->"
+        before, found, rest = readme.read_text(encoding="utf-8").partition(begin)
         require(
             found and end in rest, f"--runs {run}: README.md has no block {begin.strip()} ... {end.strip()} to put it in"
         )
-        readme.write_text(before + begin + markdown(record) + rest[rest.index(end) :])
+        readme.write_text(before + begin + markdown(record) + rest[rest.index(end) :], encoding="utf-8")
         shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
-        (results / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (results / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"README.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 
