@@ -158,10 +158,11 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` things, `per_step` of them a step as `flag` says; the last step wraps around. Raises
-    UsageError if a step would need more than there are."""
-    why = "what was merged or dropped is said above"
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} there are ({why}); use at most that")
+    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
+    Raises UsageError if a step would need more than there are."""
+    problems, rollouts = "problems of --train-data (merged and dropped ones are named above)", "rollouts"
+    have, more = (rollouts, ", or raise --rollouts-per-prompt") if flag == "--rollouts-per-step" else (problems, "")
+    require(per_step <= count, f"{flag} {per_step} is more than the {count} {have}; use at most that{more}")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 

@@ -4,6 +4,7 @@ process and keeps what a test wants to check: rollouts, micro-batches, gradients
 A subprocess spends most of its time on imports, so only the tests of the command line itself start one."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -17,16 +18,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import common
 import eval_math
 import fkl_warmup
 import grpo
+import infra.cli
 import opd
-import preflight
 import toy
+from infra import batches, models, preflight
+from infra.sampler_hf import HFSampler
 
 ROOT = Path(__file__).parent.parent
+
+
+def load_variant(path: Path):
+    """The module of a script that is not on the import path."""
+    spec = importlib.util.spec_from_file_location(f"variants.{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 SCRIPTS = {"grpo": grpo, "fkl_warmup": fkl_warmup, "opd": opd, "eval_math": eval_math}
+SCRIPTS |= {f"variants/{path.stem}": load_variant(path) for path in sorted((ROOT / "variants").glob("*.py"))}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
 torch.set_num_threads(1)  # the models are too small to gain from more
 
@@ -98,8 +111,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Folders of random models: `student`, `wide` (hidden size above the vocabulary's, so that opd.py caches logits),
-    `narrow` (below it, so that opd.py caches hidden states), `llama` (head not tied)."""
+    """Folders of random models: `student`, `wide` (hidden size above the vocabulary's), `narrow` (below it), `llama` (head
+    not tied)."""
     folders = {}
     for name, model in {
         "student": random_model(seed=1),
@@ -165,17 +178,19 @@ def fake_grader(monkeypatch):
     """`fake_grader(rule)` replaces the grader of every script."""
 
     def install(rule):
-        monkeypatch.setattr(common, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
+        for module in SCRIPTS.values():
+            monkeypatch.setattr(module, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
 
     return install
 
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path):
-    """`run_script("grpo", **args)` runs the script's main in a fresh folder and returns what it did:
+    """`run_script("grpo", **args)`, or a variant by its path, `run_script("variants/opd_weighted", **args)`, runs the
+    script's main in a fresh folder and returns what it did:
 
     out, metrics (rows), record (run.json), samples ([(prompts, n, responses)] per call of the sampler), updates
-    ([(params, grads)] before each optimizer step, by name, unclipped), splits (what common.micro_batches returned),
+    ([(params, grads)] before each optimizer step, by name, unclipped), splits (what batches.micro_batches returned),
     passes ([(prompts, responses)] of every forward pass with gradients)."""
     count = 0
 
@@ -188,8 +203,8 @@ def run_script(monkeypatch, tmp_path):
         trained = []
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [str(ROOT / f"{script}.py"), "--as-typed"])
-            load_model, sample, clip = common.load_model, common.HFSampler.sample, torch.nn.utils.clip_grad_norm_
-            micro_batches, response_hidden = common.micro_batches, common.response_hidden
+            load_model, sample, clip = models.load_model, HFSampler.sample, torch.nn.utils.clip_grad_norm_
+            micro_batches, response_hidden = batches.micro_batches, batches.response_hidden
 
             def recording_load_model(*a, **kw):
                 model = load_model(*a, **kw)
@@ -219,11 +234,11 @@ def run_script(monkeypatch, tmp_path):
                 return response_hidden(model, prompts, responses)
 
             patch.setattr(preflight, "check_models", lambda *a, **kw: None)  # tests/test_preflight.py has those
-            patch.setattr(common, "load_model", recording_load_model)
-            patch.setattr(common.HFSampler, "sample", recording_sample)
+            patch.setattr(models, "load_model", recording_load_model)
+            patch.setattr(HFSampler, "sample", recording_sample)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)
-            patch.setattr(common, "micro_batches", recording_micro_batches)
-            patch.setattr(common, "response_hidden", recording_hidden)
+            patch.setattr(batches, "micro_batches", recording_micro_batches)
+            patch.setattr(batches, "response_hidden", recording_hidden)
             module = SCRIPTS[script]
             module.main(module.Args(out=str(seen.out), **({"instruction": ""} | args)))
         if script != "eval_math":
@@ -243,7 +258,7 @@ def cli(monkeypatch, capfd):
         module, code = SCRIPTS[script], 0
         capfd.readouterr()
         try:
-            common.run(module.main, module.Args)
+            infra.cli.run(module.main, module.Args)
         except SystemExit as stop:
             code = stop.code
         streams = capfd.readouterr()
