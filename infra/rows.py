@@ -42,7 +42,7 @@ def numbered_rows(spec: str, flag: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def read_text(path: Path) -> str:
+def utf8_text(path: Path) -> str:
     """A text file, with or without a byte order mark, whatever the locale."""
     data = path.read_bytes()
     try:
@@ -74,7 +74,7 @@ def parse_json(text: str):
 
 def read_jsonl(path: Path) -> list[tuple[str, object]]:
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would split at U+2028 inside a text
+    for number, line in enumerate(utf8_text(path).split("\n"), 1):  # splitlines() would split at U+2028 inside a text
         try:
             rows += [(f"line {number}", parse_json(line))] if line.strip() else []
         except ValueError as error:
@@ -84,7 +84,7 @@ def read_jsonl(path: Path) -> list[tuple[str, object]]:
 
 def read_json(path: Path) -> list[tuple[str, object]]:
     try:
-        rows = parse_json(read_text(path))
+        rows = parse_json(utf8_text(path))
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data"
         hint = "; one object a line is a .jsonl file: rename it" if lines else ""
@@ -97,7 +97,7 @@ def read_json(path: Path) -> list[tuple[str, object]]:
 
 
 def read_csv(path: Path) -> list[tuple[str, dict]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(utf8_text(path), newline=""), strict=True)
     columns, rows, line = None, [], 1  # a quoted cell may have several lines: a row's place is its first
     try:
         for cells in reader:
