@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/flags.md
 """What the training loops of grpo.py, fkl_warmup.py and opd.py share: the flags of the plumbing, said once, and the few
 functions that all three call. Everything further down is in infra/; the algorithms are in the scripts."""
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from infra import dataset, parallel
 from infra.cli import require, require_positive
-from infra.prompts import INSTRUCTION, render_all
+from infra.prompts import INSTRUCTION, policy_flag, render_all
 from infra.sampler_hf import HFSampler
 
 
@@ -158,11 +158,10 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
-    Raises UsageError if a step would need more than there are."""
-    problems, rollouts = "problems of --train-data (merged and dropped ones are named above)", "rollouts"
-    have, more = (rollouts, ", or raise --rollouts-per-prompt") if flag == "--rollouts-per-step" else (problems, "")
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} {have}; use at most that{more}")
+    """Steps of a run over `count` problems, `per_step` of them a step, as `flag` says; the last step wraps around. A step
+    may be larger than the data, as with few labels: it then passes over the problems again, with fresh samples."""
+    if per_step > count:
+        print(f"{flag} {per_step}: a step passes over the {count} problems {per_step / count:.1f} times, sampling anew")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 
@@ -186,8 +185,7 @@ def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[fl
 def load_eval(args, tokenizer):
     """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
     problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers=True) if args.eval_every else []
-    flag = "--student" if hasattr(args, "student") else "--model"
-    return problems, render_all(tokenizer, problems, args.instruction, args.thinking, flag)
+    return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 
 def evaluate(args, step: int, last: bool, sampler, tokenizer, grader, eval_set) -> dict[str, float]:

@@ -92,6 +92,11 @@ def main(args: Args) -> None:
     eval_set = common.load_eval(args, tokenizer)
     rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
+    require(
+        args.rollouts_per_step <= rollout_count,
+        f"--rollouts-per-step {args.rollouts_per_step} is more than the {rollout_count} rollouts; use at most that, or "
+        f"raise --rollouts-per-prompt",
+    )
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """The command line: from what was typed to a script's Args, and from an error to one line and an exit code."""
 
 import ast

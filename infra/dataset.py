@@ -143,23 +143,29 @@ class ProblemStream:
         return indices[start : start + k].tolist()
 
 
+def write_problems(path: Path, problems: list[Problem], source: str) -> str:
+    """Write problems as chat prompts, answers too where they have one; returns the path as text. Raises UsageError where
+    the file holds others than those of `source`."""
+    rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}]} for p in problems]
+    rows = [row | ({} if p.answer is None else {"answer": p.answer}) for row, p in zip(rows, problems, strict=True)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require(
+        not path.exists() or path.read_text(encoding="utf-8") == text,
+        f"{path}: holds other problems than {source}; choose another --out",
+    )
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
 def split_labels(spec: str, flag: str, folder: Path) -> tuple[str, str]:
     """Split the problems of `spec` into files of 80 % and 20 %, shuffled with seed 42; returns FOLDER/train.jsonl and
     FOLDER/heldout.jsonl. Raises UsageError where these hold other problems."""
     problems = load_problems(spec, flag, need_answers=True)
     random.Random(42).shuffle(problems)
     cut = len(problems) * 4 // 5
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "heldout.jsonl"
-    for path, part in zip(paths, (problems[:cut], problems[cut:]), strict=True):
-        rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        require(
-            not path.exists() or path.read_text(encoding="utf-8") == text,
-            f"{path}: holds other problems than {flag} {spec}; choose another --out",
-        )
-        path.write_text(text, encoding="utf-8")
-    return str(paths[0]), str(paths[1])
+    parts = {"train": problems[:cut], "heldout": problems[cut:]}
+    return tuple(write_problems(folder / f"{name}.jsonl", part, f"{flag} {spec}") for name, part in parts.items())
 
 
 def benchmark_name(spec: str) -> str:

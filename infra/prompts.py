@@ -68,16 +68,20 @@ def render_all(tokenizer, problems, instruction: str, thinking: bool, flag: str 
     return rendered
 
 
+def policy_flag(args) -> str:
+    """The flag of the model whose responses are sampled in training."""
+    return "--student" if hasattr(args, "student") else "--model"
+
+
 def render_prompts(args, problems, tokenizers, thinking):
-    """Render every problem of --train-data with each tokenizer (of --model, or of --student and --teacher); a problem too
+    """Render every problem of --train-data with each tokenizer, the policy's and then the teacher's; a problem too
     long for any one of them is dropped. thinking: whether that tokenizer's template opens a thinking block.
 
     Returns (kept problems, [prompt ids of the kept problems] for each tokenizer). Raises UsageError if none is left."""
     flag, max_prompt_tokens = "--train-data", args.max_prompt_tokens
-    flags = ("--model",) if len(tokenizers) == 1 else ("--student", "--teacher")
     rendered = [
         render_all(tok, problems, args.instruction, think, of)
-        for tok, think, of in zip(tokenizers, thinking, flags, strict=True)
+        for tok, think, of in zip(tokenizers, thinking, (policy_flag(args), "--teacher"), strict=False)
     ]
     longest = [max(lengths) for lengths in zip(*[[len(ids) for ids in one] for one in rendered], strict=True)]
     keep = [i for i, length in enumerate(longest) if length <= max_prompt_tokens]

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/run_folder.md
 """The run folder, its record of what a run was and cost, and the rules that stop a run."""
 
 import fcntl

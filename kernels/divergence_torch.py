@@ -11,7 +11,7 @@ import torch
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 # The torch leaves work on a few rows at a time: on a CPU, one of 151,936 logits for each thread, their temporaries then
 # stay in the cache (six rows take twice the time a row).
-BLOCK_ELEMENTS = {"cpu": torch.get_num_threads() << 18, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": torch.get_num_threads() << 18, "cuda": 1 << 24}
 # What a divergence of the caller's own gets for log 0: with -inf, 0 (log 0 - log 0) is nan. Its square is finite in fp32.
 LOG_ZERO = -1e18
 

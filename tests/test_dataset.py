@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, write_jsonl
 
-import common
 import toy
 from infra import dataset, prompts, rows
 from infra.cli import UsageError
@@ -260,9 +260,7 @@ def test_equal_prompts_are_explained(tmp_path, capsys):
     path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}] * 64)
     problems = load(path)
     out = capsys.readouterr().out
-    assert out == f"--train-data {path}: 64 rows are 1 distinct problem: 63 duplicates (first: line 2)\n"
-    with pytest.raises(UsageError, match="--prompts-per-step 32 is more than the 1 problems .*merged and dropped ones are named above"):
-        common.count_steps(None, len(problems), 32, "--prompts-per-step")
+    assert out == f"--train-data {path}: 64 rows are 1 distinct problem: 63 duplicates (first: line 2)\n" and len(problems) == 1
 
 
 def test_of_duplicates_the_first_answer_holds_and_others_are_counted(tmp_path, capsys):
@@ -461,7 +459,7 @@ def test_rendered_ids_are_those_of_transformers_own_call():
 
 
 def test_each_of_two_models_is_named_by_its_flag():
-    args = common.RolloutArgs(instruction="")
+    args = SimpleNamespace(instruction="", max_prompt_tokens=9, student="")
     for broken, flag in [(0, "--student"), (1, "--teacher")]:
         pair = [toy.make_tokenizer(), toy.make_tokenizer()]
         pair[broken].chat_template = "<|user|>"

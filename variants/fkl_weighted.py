@@ -1,0 +1,267 @@
+# docs/variants.md
+"""Forward-KL warmup with weights of problems: fkl_warmup.py with the mean over tokens replaced by a weighted one.
+
+--paced          PACED (arXiv 2603.11178): problems that the student sometimes passes count more
+--reward-weight  right responses count more; 1 is rejection sampling
+
+The weights multiply, and their sum over the whole batch is the one denominator. With none of the flags it is fkl_warmup.py,
+bit for bit.
+
+    python variants/fkl_weighted.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --reward-weight 1
+    python variants/fkl_weighted.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --paced results/generations.jsonl
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root
+
+import common
+from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
+from infra.cli import require
+from infra.grader import Grader
+from infra.meter import Meter
+from infra.prompts import render_prompts
+from infra.sampler import Response
+from infra.sampler_hf import HFSampler
+from infra.samples_page import Samples
+from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+
+PROBLEMS_PER_PART = 1024  # sampled between two writes to rollouts.jsonl
+
+
+@dataclass(kw_only=True)
+class Args(common.RunArgs, common.RolloutArgs):
+    teacher: str
+    """frozen target: hub id or local folder of a causal LM"""
+    student: str
+    """policy to train: hub id or local folder; same tokenizer as the teacher"""
+    out: str = "ckpt/fkl_weighted"
+    """output folder: Hugging Face checkpoint, rollouts.jsonl, metrics.jsonl, run.json"""
+    rollouts: str | None = None
+    """reuse the rollouts.jsonl of an earlier run with this teacher and data instead of sampling"""
+    teacher_thinking: bool = False
+    """let the teacher's chat template open a thinking block"""
+    preflight_only: bool = False
+    """check that teacher and student fit, print what was found and end without training"""
+    force: bool = False
+    """go on where the preflight finds an error, recording it in run.json"""
+    vllm_gpu_memory_utilization: float = 0.5
+    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_sleep: bool = True
+    """drop vLLM's weights and cache behind the rollouts"""
+
+    # algorithm
+    rollouts_per_prompt: int = 1
+    """teacher's responses per problem"""
+    rollouts_per_step: int = 256
+    """teacher's responses per optimizer step"""
+    epochs: int = 1
+    """passes over the rollouts"""
+    max_steps: int | None = None
+    """stop after so many steps instead"""
+    learning_rate: float = 1e-6
+    """AdamW's"""
+    learning_rate_warmup_steps: int = 0
+    """steps over which the learning rate rises to that"""
+    learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
+    """how it falls from there towards 0 at the last step"""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    loss: Literal["forward_kl", "ce"] = "forward_kl"
+    """forward_kl: KL(teacher || student) over the vocabulary; ce: cross-entropy on the sampled tokens (SFT)"""
+    paced: str | None = None
+    """PACED: weight a problem by p(1 - p), p its pass rate in this generations.jsonl of eval_math.py; uses labels"""
+    reward_weight: float = 0.0
+    """W: weight a response by 1 - W + W * reward; needs answers, uses labels; 0: off"""
+
+
+def main(args: Args) -> None:
+    # ---- what was typed, and whether it fits this machine
+    common.check(args, positive="rollouts_per_prompt rollouts_per_step")
+    require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
+    student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
+    plan.check(args, plan.Workload(student, {"teacher": teacher}, sampled=teacher, responses=args.rollouts_per_step))
+
+    # ---- problems and prompts
+    answers = args.reward_weight > 0  # are needed
+    problems = dataset.load_problems(args.train_data, "--train-data", answers, args.prompt_column, args.answer_column)
+    tokenizer = models.load_tokenizer(args.student, "--student")
+    teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
+    checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
+    both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
+    problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
+    eval_set = common.load_eval(args, tokenizer)
+    rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
+    rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
+    total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
+
+    # ---- models, sampler, optimizer
+    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    cli.seed_everything(args.seed)
+    device, dtype = models.device_and_dtype(args.dtype)
+    model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
+    teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard)
+    preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, True)
+    if args.gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    # for --eval-data alone, and always hf: the teacher has the process's one vLLM engine
+    limits = {"max_response_tokens": args.max_response_tokens, "batch_tokens": args.rollout_batch_tokens}
+    eval_sampler = HFSampler(model, tokenizer, dtype, temperature=args.temperature, **limits)
+    grader = Grader()  # for --eval-data, --reward-weight and the samples
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="forward_kl")
+    stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
+    params, teacher_params = models.count_params(model, teacher)
+
+    # ---- rollout: the teacher answers every problem, once and for all steps
+    rollout_start = time.time()
+    if rollouts is None:
+        longest = max(map(len, teacher_prompts))
+        sampler = common.make_sampler(args, teacher, args.teacher, teacher_tokenizer, dtype, longest)
+        stop.watch(sampler)
+        rollouts = sample_rollouts(args, run, sampler, teacher_tokenizer, problems, teacher_prompts)
+        sampler.sleep()
+    rollouts = [(i, r) for i, r in rollouts if r.ids]  # none is left of one whose first id no token has
+    sampled = sum(len(r.ids) for _, r in rollouts)
+    read = sampled + sum(len(teacher_prompts[i]) for i, _ in rollouts)
+    run.spend(sampled_tokens=sampled, flops=2 * read * teacher_params)  # also where --rollouts saves doing it again
+    rollout_time = time.time() - rollout_start
+    stream = dataset.ProblemStream(len(rollouts), args.seed)
+    start = run.resume(model, optimizer, stream)
+    if args.paced:
+        run.consult(problems)  # eval_math.py did, for their pass rates
+
+    if start == 0 and args.eval_every:
+        run.log(0, common.evaluate(args, 0, False, eval_sampler, tokenizer, grader, eval_set))
+    for step in range(start + 1, total_steps + 1):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps)
+        meter = Meter()
+        batch, responses = zip(*[rollouts[i] for i in stream.take(args.rollouts_per_step)], strict=True)
+        response_ids = [r.ids for r in responses]
+        tokens = sum(map(len, response_ids))
+
+        # ---- weights of the tokens, which this variant is about
+        weights = torch.tensor([problem_weights[i] for i in batch], dtype=torch.float64)  # (B,)
+        if args.reward_weight:
+            run.consult(problems[i] for i in batch)
+            rewards = common.grade(grader, tokenizer, response_ids, [problems[i] for i in batch])
+            weights *= 1 - args.reward_weight + args.reward_weight * torch.tensor(rewards, dtype=torch.float64)
+        sizes = torch.tensor([len(r) for r in response_ids])
+        weights = weights.repeat_interleave(sizes)  # (tokens,)
+        trained, weight_sum = int((weights > 0).sum()), float(weights.sum())  # the sum is the loss's one denominator
+        weights = (weights / (weight_sum or 1)).split(sizes.tolist())  # of each response (R,)
+
+        # ---- score and train: one optimizer step, gradients accumulated over micro-batches
+        lengths = [len(prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        for rows in parallel.share(batches.micro_batches(lengths, args.micro_batch_tokens)):
+            chosen_ids = [response_ids[k] for k in rows]
+            with torch.no_grad(), models.autocast(device, dtype):
+                teacher_hidden, teacher_head, _ = batches.response_hidden(
+                    teacher, [teacher_prompts[batch[k]] for k in rows], chosen_ids
+                )  # (N, Ht), (V, Ht)
+            meter.lap("score")
+            with models.autocast(device, dtype):
+                hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
+                target = TeacherHead(teacher_hidden, teacher_head)
+                weight = torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device)  # a mean over the batch's
+                options = {"kind": "forward_kl", "temperature": args.temperature, "target_ids": ids}
+                if args.loss == "ce":
+                    _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log
+                    logprobs, _ = fused_linear_logprob(hidden, head, ids)  # (N,): SFT has no temperature
+                    loss = -(weight.to(logprobs.dtype) * logprobs).sum()
+                else:
+                    loss, stats = fused_linear_divergence(hidden, head, target, weight=weight, **options)  # sum_n w_n D_n
+                    if trained < tokens:  # there the tokens of weight 0 are left out; the metrics are means over all
+                        _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)
+            meter.sum("losses/policy_loss", loss)
+            telemetry.add_divergences(meter, stats, "forward_kl", [len(r) for r in chosen_ids])
+            telemetry.add_overlap(meter, hidden, head, target, args.temperature, tokens)
+            samples.keep(step, rows, chosen_ids, **stats._asdict())
+            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            (loss * parallel.world_size()).backward()
+            meter.lap("train")
+        grad_norm = models.clip_gradients(model, args.max_grad_norm)
+        stop.unless_finite(step, policy_loss=meter.total("losses/policy_loss"), grad_norm=grad_norm)
+        if weight_sum:  # else nothing is to be learned, and AdamW's momentum would move the weights nevertheless
+            optimizer.step()
+        optimizer.zero_grad()
+        meter.lap("train")
+
+        # ---- log
+        run.spend(updates=int(weight_sum > 0), flops=sum(lengths) * (6 * params + 2 * teacher_params))
+        metrics = meter.metrics() | telemetry.of_responses(responses)
+        metrics |= {
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/tokens_per_sec": tokens / meter.laps["time/step"],
+            "losses/grad_norm": grad_norm,
+            "time/rollout": rollout_time if step == 1 else 0.0,
+        }
+        metrics |= {"charts/trained_frac": trained / tokens}
+        if run.labels:
+            metrics |= {"charts/labels_used": len(run.labels)}
+        if args.reward_weight:
+            metrics |= {"charts/reward": sum(rewards) / len(rewards)}
+        metrics |= common.evaluate(args, step, step == total_steps, eval_sampler, tokenizer, grader, eval_set)
+        run.log(step, metrics, "losses/forward_kl")
+        samples.write(step, [problems[i] for i in batch], responses, grader)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
+        run.checkpoint(step, model, optimizer, stream)
+
+    grader.close()
+    run.finish(model, tokenizer, dtype)
+
+
+def load_rollouts(args, problems, vocabulary: int) -> list[tuple[int, Response]]:
+    """(index of the problem, response) of each row of --rollouts. Raises UsageError for a row that does not fit."""
+    rows, index = dataset.load_rows(args.rollouts, "--rollouts"), {problem.key: i for i, problem in enumerate(problems)}
+    require(
+        rows
+        and all(row.get("problem") in index and row.get("response_ids") and "truncated" in row for row in rows)
+        and max(max(row["response_ids"]) for row in rows) < vocabulary,
+        f"--rollouts {args.rollouts}: needs response_ids of this tokenizer for problems of --train-data; give the "
+        f"rollouts.jsonl and the --train-data of one run",
+    )
+    return [(index[row["problem"]], Response(row["response_ids"], [], row["truncated"])) for row in rows]
+
+
+def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tuple[int, Response]]:
+    """(index of the problem, the teacher's response) of all rollouts, and rollouts.jsonl. A part at a time goes to a file
+    aside, where a killed run finds what it had sampled."""
+    path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    else:
+        lines = aside.read_text(encoding="utf-8").splitlines(keepends=True) if aside.exists() else []
+        lines = lines[: len(lines) // (PROBLEMS_PER_PART * n) * PROBLEMS_PER_PART * n]  # whole parts only
+        parallel.barrier()  # every rank has read what rank 0 now writes to
+        with (
+            run_folder.rank_zero_file(aside, lines) as file,
+            cli.progress_bar(len(problems) * n, "teacher rollouts", "response") as bar,
+        ):
+            bar.update(len(lines))
+            for start in range(len(lines) // n, len(problems), PROBLEMS_PER_PART):
+                part = range(start, min(start + PROBLEMS_PER_PART, len(problems)))
+                responses = sampler.sample([prompts[i] for i in part], n, seed=(args.seed, start), progress=bar)
+                for k, r in enumerate(responses):
+                    row = {"problem": problems[start + k // n].key, "response_ids": r.ids, "truncated": r.truncated}
+                    lines.append(json.dumps(row | {"response": tokenizer.decode(r.ids)}) + "\n")
+                file.writelines(lines[-len(responses) :])
+                file.flush()
+        if parallel.rank() == 0:
+            aside.rename(path)
+    rows = map(json.loads, lines)
+    return [(k // n, Response(row["response_ids"], [], row["truncated"])) for k, row in enumerate(rows)]
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)

@@ -1,0 +1,202 @@
+# docs/variants.md
+"""OPD on the sampled tokens alone: opd.py with the full-vocabulary divergence replaced by a policy gradient.
+
+`--loss sampled` takes what the teacher says about the one token that was sampled: its log-ratio, log p_teacher - log
+p_student, is that token's constant advantage. In expectation the gradient is the reverse KL's at each prefix, with the noise
+of one sample. `--loss reward_free` is a control: the same estimator, data, optimizer and step size with an advantage of -1
+for every token, so the teacher is measured and has no say.
+
+    python variants/opd_sampled.py --teacher ckpt/8b_rl --student ckpt/warmup
+    python variants/opd_sampled.py --teacher ckpt/8b_rl --student ckpt/warmup --loss reward_free --out ckpt/reward_free
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root
+
+import common
+from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
+from infra.cli import require
+from infra.grader import Grader
+from infra.meter import Meter
+from infra.prompts import render_prompts
+from infra.samples_page import Samples
+from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
+
+
+@dataclass(kw_only=True)
+class Args(common.RunArgs, common.RolloutArgs):
+    teacher: str
+    """frozen target: hub id or local folder of a causal LM"""
+    student: str
+    """policy to train: hub id or local folder; same tokenizer as the teacher"""
+    out: str = "ckpt/opd_sampled"
+    """output folder: Hugging Face checkpoint, metrics.jsonl, run.json"""
+    teacher_thinking: bool = False
+    """let the teacher's chat template open a thinking block"""
+    offload_teacher: bool = False
+    """keep the teacher in the CPU's memory except while it scores; its head stays on the GPU"""
+    preflight_only: bool = False
+    """check that teacher and student fit, print what was found and end without training"""
+    force: bool = False
+    """go on where the preflight finds an error, recording it in run.json"""
+
+    # algorithm
+    prompts_per_step: int = 256
+    """problems sampled per step, one response each"""
+    epochs: int = 15
+    """passes over the problems"""
+    max_steps: int | None = None
+    """stop after so many steps instead"""
+    learning_rate: float = 1e-6
+    """AdamW's"""
+    learning_rate_warmup_steps: int = 0
+    """steps over which the learning rate rises to that"""
+    learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
+    """how it falls from there towards 0 at the last step"""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    loss: Literal["sampled", "reward_free"] = "sampled"
+    """sampled: policy gradient on the sampled token's log-ratio; reward_free: the same with an advantage of -1 for all"""
+    tis_cap: float = 2.0
+    """with vllm: truncated importance sampling, as in grpo.py, at most this; 0: off"""
+
+
+def main(args: Args) -> None:
+    # ---- what was typed, and whether it fits this machine
+    common.check(args, positive="prompts_per_step")
+    require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
+    student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
+    plan.check(
+        args, plan.Workload(student, {"teacher": teacher}, sampled=student, responses=args.prompts_per_step, cached=True)
+    )
+
+    # ---- problems and prompts
+    problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
+    tokenizer = models.load_tokenizer(args.student, "--student")
+    teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
+    checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
+    both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
+    eval_set = common.load_eval(args, tokenizer)
+    total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
+
+    # ---- models, sampler, optimizer
+    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    cli.seed_everything(args.seed)
+    device, dtype = models.device_and_dtype(args.dtype)
+    model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
+    teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard, args.offload_teacher)
+    with models.on_device(teacher, device, args.offload_teacher):
+        preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts)
+    if args.gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    stream = dataset.ProblemStream(len(problems), args.seed)
+    start = run.resume(model, optimizer, stream)
+    sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, max(map(len, prompts + eval_set[1])))
+    grader = Grader()  # for --eval-data and the samples
+    samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
+    stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
+    stop.watch(sampler)
+    params, teacher_params = models.count_params(model, teacher)
+
+    if start == 0 and args.eval_every:
+        run.log(0, common.evaluate(args, 0, False, sampler, tokenizer, grader, eval_set))
+    for step in range(start + 1, total_steps + 1):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps)
+        meter = Meter()
+
+        # ---- rollout: the student answers
+        batch = stream.take(args.prompts_per_step)
+        responses = sampler.sample([prompts[i] for i in batch], 1, seed=(args.seed, step))
+        sampler.sleep()
+        out_of_vocab = sum(r.out_of_vocab for r in responses)
+        answered = [(i, r) for i, r in zip(batch, responses, strict=True) if r.ids]
+        if not answered:
+            stop.stop(f"step {step}: every response begins with an id that no token has; look at --student's head")
+        batch, responses = zip(*answered, strict=True)
+        response_ids = [r.ids for r in responses]
+        tokens = sum(map(len, response_ids))
+        meter.lap("rollout")
+
+        # ---- this rank's rows; teacher and student pass over the same micro-batches
+        longest = [max(len(prompts[i]), len(teacher_prompts[i])) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        micro_batches = parallel.share(batches.micro_batches(longest, args.micro_batch_tokens))
+
+        # ---- score: the teacher reads the answers behind its own rendering of the prompts
+        cached = []  # per micro-batch (N, Ht) hidden states, on the CPU
+        with models.on_device(teacher, device, args.offload_teacher):
+            for rows in micro_batches:
+                with torch.no_grad(), models.autocast(device, dtype):
+                    hidden, teacher_head, _ = batches.response_hidden(
+                        teacher, [teacher_prompts[batch[k]] for k in rows], [response_ids[k] for k in rows]
+                    )
+                cached.append(models.to_host(hidden, dtype))
+            teacher_head = teacher_head.detach()  # stays here when the teacher leaves
+        meter.lap("score")
+
+        # ---- train: one optimizer step, gradients accumulated over micro-batches
+        for rows, teacher_hidden in zip(micro_batches, cached, strict=True):
+            chosen_ids = [response_ids[k] for k in rows]
+            reported = torch.tensor([lp for k in rows for lp in responses[k].sampler_logprobs], device=device)  # (N,)
+            with models.autocast(device, dtype):
+                hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
+                target = TeacherHead(teacher_hidden.to(device, non_blocking=True), teacher_head)  # (N, Ht), (V, Ht)
+                options = {"temperature": args.temperature, "target_ids": ids}
+                _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to measure
+                logprobs, _ = fused_linear_logprob(hidden, head, ids, temperature=args.temperature)  # (N,)
+                # d/dtheta E_student[log p_student - log p_teacher] by the score function: the log-ratio is a constant
+                # per-token advantage; differentiating through it instead would carry no teacher signal
+                advantage = stats.teacher_logprob - stats.student_logprob  # (N,)
+                if args.loss == "reward_free":
+                    advantage = torch.full_like(advantage, -1)  # the control: the teacher is measured, and has no say
+                if args.tis_cap and args.sampler == "vllm":
+                    # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
+                    advantage = advantage * (stats.student_logprob - reported).exp().clamp(max=args.tis_cap)
+                loss = -(advantage * logprobs).sum() / tokens  # a mean over all of the batch's
+            meter.sum("losses/policy_loss", loss)
+            telemetry.add_divergences(meter, stats, "reverse_kl", [len(r) for r in chosen_ids])
+            telemetry.add_overlap(meter, hidden, head, target, args.temperature, tokens)
+            telemetry.add_sampler_difference(meter, stats.student_logprob, reported)
+            samples.keep(step, rows, chosen_ids, **stats._asdict())
+            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            (loss * parallel.world_size()).backward()
+        grad_norm = models.clip_gradients(model, args.max_grad_norm)
+        stop.unless_finite(step, policy_loss=meter.total("losses/policy_loss"), grad_norm=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.lap("train")
+        sampler.update_weights(model)
+        meter.lap("sync")
+
+        # ---- log
+        read = tokens + sum(len(prompts[i]) for i in batch)  # by the student when it samples and trains, and by the teacher
+        run.spend(updates=1, sampled_tokens=tokens, flops=read * ((2 + 6) * params + 2 * teacher_params))
+        metrics = meter.metrics() | telemetry.of_responses(responses)
+        metrics |= {
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/tokens_per_sec": tokens / meter.laps["time/step"],
+            "losses/grad_norm": grad_norm,
+            "debug/canary_logprob_diff": sampler.canary_logprob_diff,
+            "debug/out_of_vocab": out_of_vocab,
+        }
+        metrics |= common.evaluate(args, step, step == total_steps, sampler, tokenizer, grader, eval_set)
+        run.log(step, metrics, "losses/reverse_kl")
+        samples.write(step, [problems[i] for i in batch], responses, grader)
+        stop.if_truncated(step, metrics["charts/truncated_frac"])
+        run.checkpoint(step, model, optimizer, stream)
+
+    grader.close()
+    run.finish(model, tokenizer, dtype)
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)
