@@ -15,7 +15,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Formatter

@@ -56,7 +56,11 @@ def load_problems(
         known = column is None or any(cell(row, column) is not None for _, row in rows)
         require(known, f"{name} {column}: {data} has only {', '.join(columns)}")
     text_column = prompt_column or next((column for column in PROMPT_COLUMNS if column in columns), None)
-    needed = "a column problem, question or prompt (or --prompt-column)"
+    or_prompt, or_answer = [  # they do not hold for the other flags' files
+        f" (or {name})" if flag in ("--train-data", "--label-split") else ""
+        for name in ("--prompt-column", "--answer-column")
+    ]
+    needed = f"a column problem, question or prompt{or_prompt}"
     require(text_column, f"{data}: needs {needed}; it has {', '.join(columns)}")
     answer_columns = ((answer_column,) if answer_column else ANSWER_COLUMNS) if answers else ()
 
@@ -85,7 +89,7 @@ def load_problems(
         require(
             labeled,
             f"{data}: needs a column answer, solution or reward_model.ground_truth with the "
-            f"reference answers (or --answer-column); it has {', '.join(columns)}",
+            f"reference answers{or_answer}; it has {', '.join(columns)}",
         )
         if len(labeled) < len(problems):
             first = next(p.where for p in problems if not p.answer)

@@ -34,7 +34,9 @@ def refusal(path, text=None, need_answers=True, **options) -> str:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as caught:
         load(path, need_answers, **options)
-    assert str(caught.value).startswith(("--train-data", "--prompt-column", "--answer-column")) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(("--train-data", "--prompt-column", "--answer-column")) and "\n" not in str(
+        caught.value
+    )
     return str(caught.value)
 
 
@@ -142,7 +144,7 @@ GOOD = '{"problem": "a", "answer": "1"}\n'
     ("d.jsonl", GOOD + "\n" + '{"problem": \n' + GOOD, "line 3 is not a JSON object"),
     ("d.jsonl", GOOD + '{"problem": "b", "answer": "1"} {"problem": "c"}\n', "line 2 is not a JSON object (Extra data"),
     ("d.jsonl", GOOD * 3 + GOOD[:20], "line 4 is not a JSON object"),
-    ("d.jsonl", GOOD + '{"problem": "a", "answer": "1", "answer": "2"}', "line 2 is not a JSON object (the key 'answer' comes twice"),
+    ("d.jsonl", GOOD + '{"problem": "a", "answer": "1", "answer": "2"}', "line 2 is not a JSON object (the key 'answer'"),
     ("d.jsonl", GOOD + "[1, 2]\n", "line 2: must be a JSON object"),
     ("d.jsonl", GOOD + "\n\n" + "7\n", "line 4: must be a JSON object"),
     ("d.jsonl", GOOD + "[" * 100_000, "line 2 is not a JSON object (nested too deeply)"),
@@ -162,7 +164,10 @@ GOOD = '{"problem": "a", "answer": "1"}\n'
     ("d.csv", "problem,answer\n,1\n", "line 2: problem must be a text"),
     ("d.parquet", b"PAR1 no more PAR1", "not a whole parquet file"),
     ("d.parquet", "", "not a whole parquet file"),
-    *[(f"d{suffix}", text, "the dataset is empty") for suffix, text in [(".jsonl", " \n\n"), (".json", "[]"), (".csv", ""), (".csv", "problem,answer\n")]],
+    ("d.jsonl", " \n\n", "the dataset is empty"),
+    ("d.json", "[]", "the dataset is empty"),
+    ("d.csv", "", "the dataset is empty"),
+    ("d.csv", "problem,answer\n", "the dataset is empty"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, text, place):
     assert place in refusal(tmp_path / name, text)
@@ -210,14 +215,14 @@ def test_chats_and_system_columns_become_messages_before_the_problem(tmp_path, r
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"prompt": [USER, {"role": "assistant", "content": r"\boxed{2}"}]}, "ends with the assistant's message; the last one must be"),
+    ({"prompt": [USER, {"role": "assistant", "content": r"\boxed{2}"}]}, "ends with the assistant's message; the last"),
     ({"prompt": [USER, SYSTEM]}, "ends with the system's message"),
     ({"prompt": [USER, SYSTEM, USER]}, "has a system message behind others"),
     ({"prompt": [{"role": "human", "content": "a"}]}, "role (system, user or assistant)"),
     ({"prompt": [{"from": "human", "value": "a"}]}, "role (system, user or assistant)"),
     ({"prompt": [{"content": "a"}]}, "role (system, user or assistant)"),
     ({"prompt": [{"role": "user", "content": None}]}, "a message whose content is no text"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]}, "whose content is no text"),
+    ({"prompt": [USER | {"content": [{"type": "image"}, {"type": "text", "text": "a"}]}]}, "whose content is no text"),
     ({"prompt": [{"role": "user", "content": " "}]}, "prompt must be a text"),
     ({"prompt": "[{'role': 'user', 'content': 'a'}]"}, "a chat written out as text"),
     ({"prompt": '[{"content": "a", "role": "user"}]'}, "a chat written out as text"),
@@ -260,7 +265,9 @@ def test_equal_prompts_are_explained(tmp_path, capsys):
     path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}] * 64)
     problems = load(path)
     out = capsys.readouterr().out
-    assert out == f"--train-data {path}: 64 rows are 1 distinct problem: 63 duplicates (first: line 2)\n" and len(problems) == 1
+    assert (
+        out == f"--train-data {path}: 64 rows are 1 distinct problem: 63 duplicates (first: line 2)\n" and len(problems) == 1
+    )
 
 
 def test_of_duplicates_the_first_answer_holds_and_others_are_counted(tmp_path, capsys):
@@ -275,8 +282,8 @@ def test_of_duplicates_the_first_answer_holds_and_others_are_counted(tmp_path, c
 
 # ------------------------------------------------------------------------------------------------------------- answers
 @pytest.mark.parametrize("answer, text", [
-    ("2", "2"), (2, "2"), (0, "0"), (-3, "-3"), (10**40, "1" + "0" * 40), (8.0, "8"), (-0.0, "0"), (0.1, "0.1"), (2.5e-3, "0.0025"),
-    (1e-05, "0.00001"), (1e22, "1" + "0" * 22), (1.5e300, "15" + "0" * 299), (-1e-7, "-0.0000001"),
+    ("2", "2"), (2, "2"), (0, "0"), (-3, "-3"), (10**40, "1" + "0" * 40), (8.0, "8"), (-0.0, "0"), (0.1, "0.1"),
+    (2.5e-3, "0.0025"), (1e-05, "0.00001"), (1e22, "1" + "0" * 22), (1.5e300, "15" + "0" * 299), (-1e-7, "-0.0000001"),
     (["7"], "7"), ([7], "7"), ([8.0], "8"), ("['7']", "7"), ('["\\\\frac{1}{2}"]', r"\frac{1}{2}"), ("[1, 2]", "[1, 2]"),
     ("['a'] or ['b']", "['a'] or ['b']"), (" 5 ", "5"), ("so\n#### 1,234", "1234"), (r"First \boxed{1}", "1"),
     ("8.0", "8.0"), ("1e-05", "1e-05"), ("nan", "nan"),
@@ -287,12 +294,14 @@ def test_answers_become_text_plainly_and_exactly(tmp_path, capsys, answer, text)
 
 
 def test_a_number_of_more_digits_than_a_float_holds_keeps_them(tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"problem": "a", "answer": 3.14159265358979323846}\n{"problem": "b", "answer": 1e400}\n')
+    (tmp_path / "d.jsonl").write_text(
+        '{"problem": "a", "answer": 3.14159265358979323846}\n{"problem": "b", "answer": 1e400}\n'
+    )
     assert [p.answer for p in load(tmp_path / "d.jsonl")] == ["3.14159265358979323846", "1" + "0" * 400]
 
 
-@pytest.mark.parametrize("answer", [["1", "2"], [], ["1", ["2"]], [["1"]], "['1', '2']", True, False, {"value": 1}, [True], [""],
-                                    float("inf"), "[None]x"[:0] or ["\n"]])  # fmt: skip
+@pytest.mark.parametrize("answer", [["1", "2"], [], ["1", ["2"]], [["1"]], "['1', '2']", True, False, {"value": 1}, [True],
+                                    [""], ["\n"], float("inf")])  # fmt: skip
 def test_an_answer_that_is_no_text_or_number_is_none_and_counted(tmp_path, capsys, answer):
     table = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": answer}, {"problem": "c", "answer": answer}]
     path = write_jsonl(tmp_path / "d.jsonl", table)
@@ -325,16 +334,26 @@ def test_a_box_that_cannot_be_read_is_no_answer_and_counted(tmp_path, capsys, so
 
 
 def test_a_box_without_braces_is_read_or_counted_but_never_a_whole_solution(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}, {"problem": "b", "solution": r"It is $\boxed 2$."}])
+    path = write_jsonl(
+        tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}, {"problem": "b", "solution": r"It is $\boxed 2$."}]
+    )
     assert [p.answer for p in load(path, need_answers=False)] in (["1", None], ["1", "2"])
 
 
 def test_different_boxes_in_a_solution_are_counted_and_the_last_holds(tmp_path, capsys):
-    solutions = [r"\boxed{1}", r"\boxed{1}, again \boxed{1}", r"\boxed{1} or \boxed{\frac{1}{2}}", r"\boxed{3}, \boxed{4}", "\\boxed{1}\n#### 5"]
+    solutions = [
+        r"\boxed{1}",
+        r"\boxed{1}, again \boxed{1}",
+        r"\boxed{1} or \boxed{\frac{1}{2}}",
+        r"\boxed{3}, \boxed{4}",
+        "\\boxed{1}\n#### 5",
+    ]
     path = write_jsonl(tmp_path / "d.jsonl", [{"problem": f"{i}", "solution": s} for i, s in enumerate(solutions)])
     assert [p.answer for p in load(path)] == ["1", "1", r"\frac{1}{2}", "4", "5"]
     out = capsys.readouterr().out
-    assert out == f"--train-data {path}: 2 solutions with several different boxes, of which the last counts (first: line 3)\n"
+    assert (
+        out == f"--train-data {path}: 2 solutions with several different boxes, of which the last counts (first: line 3)\n"
+    )
 
 
 def test_answers_that_must_not_be_read_are_not(tmp_path, capsys):
@@ -355,26 +374,41 @@ def test_ungradable_references_are_counted_with_the_first(tmp_path, capsys):
     report_ungradable(problems, [True] * 4)
     assert capsys.readouterr().out == ""
     report_ungradable(problems, [True, False, True, False])
-    assert f"cannot read 2 of 4 reference answers (first: --train-data {tmp_path / 'd.csv'}, line 3: 'p1')" in capsys.readouterr().out
+    assert (
+        f"cannot read 2 of 4 reference answers (first: --train-data {tmp_path / 'd.csv'}, line 3: 'p1')"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_digest_follows_problems_messages_answers_and_order():
     a, b = Problem("a", (), "1"), Problem("b", (), "2")
-    others = [[b, a], [a], [a, b, b], [a, Problem("b", (), None)], [a, Problem("b", (SYSTEM,), "2")], [Problem("a1", (), ""), b]]
+    others = [
+        [b, a],
+        [a],
+        [a, b, b],
+        [a, Problem("b", (), None)],
+        [a, Problem("b", (SYSTEM,), "2")],
+        [Problem("a1", (), ""), b],
+    ]
     assert digest([a, b]) == digest([Problem("a", (), "1", "elsewhere"), b]) and len(digest([])) == 16
     assert len({digest(problems) for problems in [[a, b], *others]}) == 1 + len(others)
 
 
 def test_mean_rewards_and_weights_tell_system_prompts_apart(tmp_path):
     plain, told = Problem("1+1?", (), "2"), Problem("1+1?", (SYSTEM,), "2")
-    table = [{"problem": p.key, "reward": r} for p, r in [(plain, 1), (plain, 0.0), (told, 0), (told, 0), (told, 0), (told, 1)]]
+    table = [
+        {"problem": p.key, "reward": r} for p, r in [(plain, 1), (plain, 0.0), (told, 0), (told, 0), (told, 0), (told, 1)]
+    ]
     path = write_jsonl(tmp_path / "g.jsonl", table)
     assert dataset.mean_rewards(path, "--x") == {plain.key: 0.5, told.key: 0.25}
     assert dataset.paced_weights(path, [told, plain]) == [0.1875, 0.25]
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
-PARTS = "{% for m in messages %}<|{{ m['role'] }}|>{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}<|assistant|>"
+PARTS = "{% for m in messages %}<|{{ m['role'] }}|>{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+PARTS += "<|assistant|>"
+PRINTS_PARTS = "{% for m in messages %}{% if m['content'] is string %}{{ m['content'][:2] }}{% else %}{{ m['content'] }}"
+PRINTS_PARTS += "{% endif %}{% endfor %}"
 STRICT = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 STRICT += "<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
 
@@ -396,20 +430,30 @@ def test_a_template_that_loops_over_content_parts_renders_the_same_prompt():
     "<|user|><|assistant|>",
     toy.CHAT_TEMPLATE.replace("m['content']", "m['content'] | upper"),
     toy.CHAT_TEMPLATE.replace("m['content']", "m['content'][:3]"),
-    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'][:2] }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+    PRINTS_PARTS,
     "{% for m in messages %}{{ m['text'] }}{% endfor %}",
 ])  # fmt: skip
 def test_a_prompt_without_its_problem_is_refused(template):
     problem = Problem("so 1+2?", (), None, "--train-data d.jsonl, line 3")
     with pytest.raises(UsageError) as caught:
         render_prompt(tokenizer_with(template), problem, "", False, "--teacher")
-    for part in ("--teacher ", "chat template", "--train-data d.jsonl, line 3", "leaves out the user's message", "chat_template.jinja"):
+    for part in (
+        "--teacher ",
+        "chat template",
+        "--train-data d.jsonl, line 3",
+        "leaves out the user's message",
+        "chat_template.jinja",
+    ):
         assert part in str(caught.value)
 
 
 def test_a_system_message_that_the_template_drops_is_refused():
-    template = "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
-    with pytest.raises(UsageError, match="leaves out the system's message.*take messages out of the data .here system, user"):
+    template = (
+        "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|>"
+    )
+    with pytest.raises(
+        UsageError, match="leaves out the system's message.*take messages out of the data .here system, user"
+    ):
         render_prompt(tokenizer_with(template), Problem("1+2?", (SYSTEM,), None), "", False)
     assert render_prompt(tokenizer_with(template), Problem("1+2?", (), None), "", False)
 
@@ -425,12 +469,17 @@ def test_a_template_that_fails_is_one_line_with_the_row_and_a_fix(template, reas
         render_prompt(tokenizer_with(template), problem, "", False, "--student")
     said = str(caught.value)
     assert said.startswith("--student ") and "\n" not in said
-    assert all(part in said for part in ("--train-data d.jsonl, line 3", reason, "take messages out of the data", "chat_template.jinja"))
+    assert all(
+        part in said
+        for part in ("--train-data d.jsonl, line 3", reason, "take messages out of the data", "chat_template.jinja")
+    )
 
 
 def test_white_space_around_a_problem_may_be_trimmed():
     trimming = tokenizer_with(toy.CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim"))
-    assert render_prompt(trimming, Problem(" 1+2?\n", (), None), "", False) == render_prompt(trimming, Problem("1+2?", (), None), "", False)
+    assert render_prompt(trimming, Problem(" 1+2?\n", (), None), "", False) == render_prompt(
+        trimming, Problem("1+2?", (), None), "", False
+    )
 
 
 def test_a_template_with_the_date_is_a_warning_said_once(capsys):
@@ -485,23 +534,30 @@ STEPS = [*SMALL, "--max-steps", "1", "--prompts-per-step", "2"]
 
 @pytest.mark.parametrize("script", ["grpo", "opd", "opd_teacher", "eval_math"])
 def test_every_script_refuses_a_template_that_drops_the_problem(cli, checkpoints, data, tmp_path, broken_template, script):
-    good, out = checkpoints.student, ["--out", tmp_path / "out"]
-    code, _, err = {
-        "grpo": lambda: cli("grpo", "--model", broken_template, "--train-data", data, *STEPS, "--minibatch-prompts", 2, *out),
-        "opd": lambda: cli("opd", "--student", broken_template, "--teacher", good, "--train-data", data, *STEPS, *out, "--force"),
-        "opd_teacher": lambda: cli("opd", "--student", good, "--teacher", broken_template, "--train-data", data, *STEPS, *out, "--force"),
-        "eval_math": lambda: cli("eval_math", "--model", broken_template, "--benchmarks", data, *SMALL, *out),
-    }[script]()  # fmt: skip
+    bad, good = broken_template, checkpoints.student
+    flags = {
+        "grpo": ["--model", bad, "--train-data", data, *STEPS, "--minibatch-prompts", 2],
+        "opd": ["--student", bad, "--teacher", good, "--train-data", data, *STEPS, "--force"],
+        "opd_teacher": ["--student", good, "--teacher", bad, "--train-data", data, *STEPS, "--force"],
+        "eval_math": ["--model", bad, "--benchmarks", data, *SMALL],
+    }[script]
+    code, _, err = cli(script.removesuffix("_teacher"), *flags, "--out", tmp_path / "out")
     flag = {"opd": "--student", "opd_teacher": "--teacher"}.get(script, "--model")
-    assert code == 2 and f"error: {flag} {broken_template}: its chat template does not render" in err and "Traceback" not in err
+    assert (
+        code == 2 and f"error: {flag} {broken_template}: its chat template does not render" in err and "Traceback" not in err
+    )
 
 
 def test_problems_that_differ_in_messages_alone_are_apart_in_every_file(run_script, checkpoints, tmp_path):
-    table = [{"prompt": [{"role": "system", "content": s}, {"role": "user", "content": "1+2?"}], "answer": "3"} for s in "12"]
+    table = [
+        {"prompt": [{"role": "system", "content": s}, {"role": "user", "content": "1+2?"}], "answer": "3"} for s in "12"
+    ]
     path = write_jsonl(tmp_path / "d.jsonl", [*table, {"prompt": "1+2?", "answer": "3"}])
     keys = {p.key for p in load(path)}
     shared = {"train_data": path, "max_response_tokens": 4, "max_steps": 1}
-    rl = run_script("grpo", model=checkpoints.student, prompts_per_step=3, minibatch_prompts=3, group_size=2, label_split=path, **shared)
+    rl = run_script(
+        "grpo", model=checkpoints.student, prompts_per_step=3, minibatch_prompts=3, group_size=2, label_split=path, **shared
+    )
     assert set(json.loads((rl.out / "labels.json").read_text())) == keys and rl.record["labels_used"] == 3
     models = {"teacher": checkpoints.wide, "student": checkpoints.student}
     warm = run_script("fkl_warmup", rollouts_per_step=3, **models, **shared)
