@@ -16,6 +16,8 @@ FUNCTIONS = (
 ).split()
 WORDS = {word: "\\" + word for word in [*GREEK, *FUNCTIONS] if word not in ("eta", "nu", "xi", "chi", "det")}
 WORDS |= {word: r"\infty" for word in ("inf", "infinity", "oo")} | {f"a{f}": rf"\arc{f}" for f in ("sin", "cos", "tan")}
+ALSO_UNITS = ("min", "max", "sec", "gcd", "lcm")  # functions only in front of a bracket
+
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", strict=True))
 VULGAR = {"½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34", "⅕": "15", "⅖": "25", "⅗": "35", "⅘": "45", "⅙": "16",
@@ -89,7 +91,9 @@ def plain_words(text: str) -> str:
         word = match["word"]
         if not word:
             return match[0]
-        if word in WORDS:
+        if word in ("and", "or"):
+            return rf"\text{{ {word} }}"
+        if word in WORDS and (word not in ALSO_UNITS or re.compile(r"\s*\(").match(text, match.end())):
             return WORDS[word] + " "
         inner = re.fullmatch("([A-Za-z]?)(sin|cos|tan|ln|log|sqrt)([a-z]?)", word)
         return f"{inner[1]}\\{inner[2]} {inner[3]}" if inner else word
@@ -128,6 +132,8 @@ def numbers(text: str) -> str:
 def clean(text: str) -> str:
     """What one text means by itself, before it is seen beside the other."""
     text = re.sub(r"([0-9])\s*(?:([kcdm]?m|ft|in|yd|mi)([²³]))$", r"\1 \\text{\2}^\3", text)  # 100m²
+    if whole := re.fullmatch(rf"{TEXT}\{{([^{{}}]*[0-9][^{{}}]*)\}}", text.strip()):
+        text = whole[1]  # \text{12 cents}
     text = re.sub(f"(?<=[0-9])(?=[{''.join(VULGAR)}])", " ", text)
     for table, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
         text = re.sub(
@@ -148,7 +154,7 @@ def clean(text: str) -> str:
     text = (
         text.replace(r"\varnothing", r"\emptyset").replace("**", "^").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     )
-    text = text.replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = text.replace(r"\bmod", r"\mod").replace(r"\langle", "(").replace(r"\rangle", ")")
     text = re.sub(r"\\(?:bf|rm|it)(?![A-Za-z])", "", text)
     text = re.sub(rf"\s*(?:{TEXT}\{{\s*(?:percent|percentage|pct)\s*\}}|\b(?:percent|pct)\b)", r"\\%", text)
     text = re.sub(r"\s*\^\s*\{?\s*(?:\\circ|\\degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])", "° ", text)
@@ -188,6 +194,7 @@ def final(text: str) -> str:
     text = re.sub(
         rf"{skip}|(?P<name>(?:{names})(?![A-Za-z])|(?<!\\)[A-Za-z])(?:{index})?(?P<primes>'*)|\\[A-Za-z]+", name, text
     ) if not re.search(differential, text) else text  # fmt: skip
+    text = re.sub(r"(\)|\\pi)\s*\((?![^()]*,)", r"\1 \\cdot (", text)
     return re.sub(r"(?<![_^0-9.{}])([0-9]+(?:\.[0-9]+)?)\s*\((?!\s*\\mod)", r"\1 \\cdot (", text)
 
 

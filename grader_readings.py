@@ -20,18 +20,20 @@ UNITS = {name: group.split()[0] for group in (
 CHANGES_VALUE = (
     "factorial squared cubed dozen pair pairs half halves third thirds quarters modulo times plus minus root".split()
 )
+NO_UNIT = re.compile(r"\b(?:or|and|more|less|least|most|not|no|if|when|for|even|odd|is|are|only|mod)\b")
+OPERATOR_AT_END = re.compile(r"\\(?:le|leq|ge|geq|in|cdot|times|cup|cap|pm)$")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNIT_TEXT = re.compile(
     rf"(?:\s|\\[,;:!]|~|/|\\cdot(?![A-Za-z])|{TEXT}(?P<unit>{BRACES})(?:\s*\^\s*(?:[0-9]|\{{-?[0-9]\}}))?)+$"
 )
 BARE_UNIT = re.compile(r"(?P<words>[A-Za-z]+(?:[ /][A-Za-z]+){0,3})(?:\s*\^\s*\{?[0-9]\}?)?\.?$")
-NUMERIC = re.compile(r"(?:[-+0-9.,/(){}\s]|\\(?:frac|times|cdot|sqrt|pi|pm)(?![A-Za-z]))*[0-9})]")
+NUMERIC = re.compile(r"(?:[-+0-9.,/(){}\s]|\\(?:frac|times|cdot|sqrt|pi|pm)(?![A-Za-z])|\^)*[0-9})]")
 
 LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)})(?![A-Za-z])|{TEXT}{BRACES})"
 INDEX = rf"\s*_\s*(?:{BRACES}|\\[A-Za-z]+|[A-Za-z0-9])"
 NAME = re.compile(  # x, v_0, f(x), AB, \angle ABC, \text{Area}
     r"(?:\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*)?"
-    rf"(?:[A-Z]{{2,4}}|\{{[A-Z]{{1,4}}\}}|{LETTER})(?:{INDEX})?'*(?:\s*\([^()=<>]{{1,30}}\))?\s*"
+    rf"(?:[A-Z]{{2,4}}|\{{[A-Z]{{1,4}}\}}|{LETTER})(?:{INDEX})?'*(?:\^\{{-1\}})?(?:\s*\([^()=<>]{{1,30}}\))?\s*"
 )
 RELATIONS = re.compile(r"\\(?:leq?|leqslant|lt|geq?|geqslant|gt|neq?)(?![A-Za-z])|<=|>=|!=|[<>]")
 OPERATORS = {"le": "≤", "leq": "≤", "leqslant": "≤", "<=": "≤", "lt": "<", "ge": "≥", "geq": "≥", "geqslant": "≥", ">=": "≥",
@@ -44,22 +46,23 @@ def unit_of(text: str, other: str) -> tuple[str, str]:
     r"""(text without its unit, the unit). Units stand in \text{...} or behind a number and a blank."""
     if (match := UNIT_TEXT.search(text)) and match["unit"]:
         head, unit = text[: match.start()].strip(), match["unit"][1:-1].strip(" .")
-        if unit.lower() in SCALES:
-            return rf"{head} \cdot 10^{{{SCALES[unit.lower()]}}}", ""
-        if head and head[-1] not in "_^{=<>+-*(,&|" and not re.search(r"\\(?:le|ge|in|cdot|times|cup|pm)$", head):
-            return head, unit
+        allowed = head and head[-1] not in "_^{=<>+-*(,&|" and not NO_UNIT.search(unit) and not OPERATOR_AT_END.search(head)
     elif (match := BARE_UNIT.search(text)) and NUMERIC.fullmatch(text[: match.start()].strip()):
-        head, words = text[: match.start()], match["words"]
-        if words.lower() in SCALES:
-            return rf"{head} \cdot 10^{{{SCALES[words.lower()]}}}", ""
-        every = re.split("[ /]", words)
-        known = all(w in UNITS or w.rstrip("s") in UNITS or w == "per" for w in every)
-        known = known or (len(every) == 1 and len(words) > 3 and words.lower() not in CHANGES_VALUE)  # 10 apples
-        first = every[0]
-        spaced = head[-1].isspace() or (len(first) > 1 and not re.search("[A-Za-z]", other))
-        if known and spaced and first not in re.findall("[A-Za-z]+", other):
-            return head.strip(), words
-    return text, ""
+        head, unit = text[: match.start()], match["words"]
+        words, letters = re.split("[ /]", unit), re.findall("[A-Za-z]+", re.sub(TEXT + BRACES, "", other))
+        known = all(w in UNITS or w.rstrip("s") in UNITS or w == "per" or w.lower() in SCALES for w in words)
+        known = known or (len(words) == 1 and len(unit) > 3 and unit.lower() not in CHANGES_VALUE)  # 10 apples
+        if len(words[0]) == 1:
+            allowed = known and head[-1].isspace() and not re.search(r"\\(?:sqrt|pi|frac)", head) and words[0] not in letters
+        else:
+            allowed = known and words[0] not in letters and (head[-1].isspace() or not letters)
+        head = head.strip()
+    else:
+        return text, ""
+    if not allowed:
+        return text, ""
+    scale = SCALES.get(unit.lower().split()[0]) if unit else None
+    return (rf"{head} \cdot 10^{{{scale}}}", "".join(unit.split()[1:])) if scale else (head, unit)
 
 
 def same_unit(a: str, b: str) -> bool:
@@ -69,7 +72,7 @@ def same_unit(a: str, b: str) -> bool:
 
 def interval_of(text: str) -> tuple[str, str] | None:
     """(name, the interval) of an inequality in one name: 1 < x <= 3, x > 2 or x < 1."""
-    alternatives = split_at(text, rf"{TEXT}\{{\s*or\s*\}}|\\lor(?![A-Za-z])|\bor\b")
+    alternatives = split_at(text, rf"{TEXT}\{{\s*or\s*\}}|\\lor(?![A-Za-z])")
     if len(alternatives) > 1:
         found = [interval_of(part) for part in alternatives]
         return (
@@ -81,6 +84,8 @@ def interval_of(text: str) -> tuple[str, str] | None:
         return interval_of(builder[2])
     operators = [OPERATORS.get(o.lstrip("\\"), o) for o in RELATIONS.findall(text)]
     sides = [side.strip() for side in RELATIONS.split(text)]
+    if len(sides) == 2 and (inside := re.fullmatch(r"\|(.*)\|", sides[0])) and operators[0] in ("<", "≤"):
+        sides, operators = [f"-({sides[1]})", inside[1].strip(), sides[1]], operators * 2
     turned = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
     if "=" in text or not all(sides) or len(split_at(text, ",")) > 1:
         return None
@@ -108,17 +113,27 @@ def named(text: str) -> tuple[str, str]:
     parts = parts if len(parts) == 2 else split_at(text, "(?<![<>!:=])=(?!=)")
     if len(parts) == 2 and NAME.fullmatch(parts[1].strip()) and not NAME.fullmatch(parts[0].strip()):
         parts.reverse()
-    if len(parts) > 1 and NAME.fullmatch(parts[0].strip()):
+    names = split_at(parts[0].strip()[1:-1], ",") if enclosure(parts[0]) == "(" else parts[:1]  # (x, y) = (1, 2)
+    if len(parts) > 1 and all(NAME.fullmatch(name.strip()) for name in names):
         return "".join(parts[0].split()), "=".join(parts[1:]).strip()
     return "", text
 
 
 def value_named(text: str) -> tuple[str, str]:
     """(name, value), of a list x = 1 or x = 2 too if all have one name; x = 1, y = 2 has none."""
-    found = [named(part) for part in split_at(text, rf"[,;]|{TEXT}\{{\s*(?:or|and)\s*\}}|\\lor(?![A-Za-z])|\b(?:or|and)\b")]
+    found = [named(part) for part in split_at(text, rf"[,;]|{TEXT}\{{\s*(?:or|and)\s*\}}|\\lor(?![A-Za-z])")]
     if len(found) > 1 and found[0][0] and len({name for name, _ in found}) == 1:
         return found[0][0], ", ".join(value for _, value in found)
     return named(text) if len(found) == 1 or not any(name for name, _ in found[1:]) else ("", text)
+
+
+def one_by_one(text: str) -> str:
+    """x = 1, y = 2 for (x, y) = (1, 2)."""
+    sides = [s.strip() for s in text.split("=")]
+    if len(sides) != 2 or (enclosure(sides[0]), enclosure(sides[1])) != ("(", "("):
+        return text
+    names, values = (split_at(s[1:-1], ",") for s in sides)
+    return ", ".join(f"{n} = {v}" for n, v in zip(names, values, strict=True)) if len(names) == len(values) else text
 
 
 def words_of(text: str) -> str | None:
@@ -134,7 +149,7 @@ def words_of(text: str) -> str | None:
 def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     words = words_of(reference), words_of(answer)
     if None not in words and (
-        re.search(TEXT, reference + answer) or all(re.search("[A-Za-z]{3,} |^[A-Za-z]{4,}$", w) for w in words)
+        re.search(TEXT, reference + answer) or all(re.search("[A-Za-z]{3,} |^[A-Za-z]{4,}$|^(?:yes|no)$", w) for w in words)
     ):
         return [("1", "1")] if words[0] == words[1] else []
     if any(n and abs(n[1]) > MAX_EXPONENT for n in map(scientific, (reference, answer))):
@@ -143,6 +158,8 @@ def readings(reference: str, answer: str) -> list[tuple[str, str]]:
     (a, unit), (b, unit_b) = unit_of(pair[0], pair[1]), unit_of(pair[1], pair[0])
     if not same_unit(unit, unit_b):
         return []
+    if "=" in a and "=" in b:
+        a, b = one_by_one(a), one_by_one(b)
     names = value_named(a), value_named(b)
     equations = ["=" in a, "=" in b]
     if names[0][0] and names[1][0]:

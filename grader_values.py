@@ -122,6 +122,7 @@ BY_NAME = {
     "floor": rounded(math.floor), "ceiling": rounded(math.ceil), "Mod": lambda a, b: a - b * rounded(math.floor)(a / b),
     "Max": lambda *xs: max(xs, key=inexact), "Min": lambda *xs: min(xs, key=inexact),
 }  # fmt: skip
+COUNTING = (sympy.factorial, sympy.binomial, sympy.gamma)
 OF_MPMATH = "sin cos tan csc sec cot asin acos atan acsc asec acot sinh cosh tanh asinh acosh atanh".split()
 
 
@@ -193,12 +194,15 @@ def is_real(x) -> bool:
     return isinstance(x, Fraction | mpmath.mpf) or abs(mp.im(x)) <= abs(x) * mp.mpf(10) ** (-SCREEN // 2)
 
 
-def points(names: list[str], count: int):
-    """Values for the symbols: of both signs, below and above 1, the same for the same names."""
+def points(names: list[str], count: int, whole: bool = False):
+    """Values for the symbols: of both signs, below and above 1, the same for the same names; `whole`: integers above 2."""
     for k in range(count):
         rng = random.Random(k)
         signs = (1, 1, -1, -1, 1, 0)[k % 6]
         scale = (1, 4, 1, 4, 9, 3)[k % 6]
+        if whole:
+            yield {n: Fraction(rng.randrange(3, 40)) for n in names}
+            continue
         yield {n: Fraction(rng.randrange(13, 97), 101) * scale * (signs or rng.choice([-1, 1])) for n in names}
 
 
@@ -242,20 +246,22 @@ def same_decimal(decimal: tuple[Fraction, Fraction], e) -> bool:
 def same_value(x, y) -> bool | None:
     """Of two expressions; None if they cannot be evaluated."""
     names = names_in(x, y)
+    digits = 2 * SCREEN if x.has(*COUNTING) or y.has(*COUNTING) else DIGITS  # gamma(1/3) to 1,000 digits takes seconds
     if not names:
         decimals = written_decimal(x), written_decimal(y)
         try:
             if (decimals[0] is None) != (decimals[1] is None):
                 other = y if decimals[0] else x
-                return same_at(x, y, {}) or same_decimal(decimals[0] or decimals[1], other)
-            return same_at(x, y, {})
+                return same_at(x, y, {}, digits) or same_decimal(decimals[0] or decimals[1], other)
+            return same_at(x, y, {}, digits)
         except Undefined:
             return False
         except Unknown:
             return None
     complex_allowed = x.has(sympy.I) or y.has(sympy.I)
     agreed = 0
-    for at in points(names, 12):
+    counting = x.has(*COUNTING) or y.has(*COUNTING)  # n! and binomials speak of whole n
+    for at in points(names, 12, counting):
         try:
             with mp.workdps(SCREEN):
                 real = is_real(defined(x, at)), is_real(defined(y, at))
@@ -263,7 +269,7 @@ def same_value(x, y) -> bool | None:
                 if any(real):
                     return False
             elif complex_allowed or LEFT_THE_REALS not in at:  # at -1, \sqrt x \sqrt x is a matter of taste
-                if not same_at(x, y, at, SCREEN if agreed else DIGITS):
+                if not same_at(x, y, at, SCREEN if agreed else digits):
                     return False
                 agreed += 1
                 if agreed == 4:
