@@ -25,8 +25,8 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from grader_latex import scientific
-from grader_readings import SEVERAL, another_form, readings, words_of
+from infra.grader_latex import scientific
+from infra.grader_readings import SEVERAL, another_form, readings, words_of
 
 MAX_ANSWER_CHARS = 1000  # a longer box is unparsable and never reaches sympy; MATH-500's longest reference has 53
 MAX_WORDS = 3  # of a reference in words: a name or a choice, not a sentence

@@ -13,9 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from infra.grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPARSE_TO_DENSE_DATA", ROOT.parent / "shared" / "data"))
@@ -377,7 +378,7 @@ def test_close_leaves_no_process_and_may_come_twice():
 
 ORPHANS = r"""
 import os, sys, threading, time
-from grader import Grader
+from infra.grader import Grader
 grader = Grader(timeout=2.0)
 grader.grade([r"\boxed{\frac12}", r"\boxed{\frac13}", r"\boxed{\frac14}"], ["x", "y", "z"])
 if sys.argv[1] == "forked" and os.fork() == 0:

@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""What a reference and an answer say side by side: readings() is what grader.py asks of a pair.
 
 Pairs of repaired texts, of which one being equal is enough: 45^\circ is read as 45 and as pi/4. No pair means unequal.
@@ -5,7 +6,7 @@ Pairs of repaired texts, of which one being equal is enough: 45^\circ is read as
 
 import re
 
-from grader_latex import BRACES, GREEK, TEXT, clean, enclosure, final, scientific, split_at
+from infra.grader_latex import BRACES, GREEK, TEXT, clean, enclosure, final, scientific, split_at
 
 MAX_EXPONENT = 2000  # an answer of 1,000 characters without a power of ten is no larger, so it is not that number
 
