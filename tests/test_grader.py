@@ -268,7 +268,7 @@ def test_verdicts_are_kept_for_their_own_answer_only():
 
 
 def test_the_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr("grader.CACHED_VERDICTS", 4)
+    monkeypatch.setattr("infra.grader.CACHED_VERDICTS", 4)
     with Grader() as grader:
         assert grader.grade([box(f"{n} + 1") for n in range(20)], [str(n + 1) for n in range(20)]) == [1.0] * 20
         assert grader.judge.cache_info().currsize <= 4

@@ -39,7 +39,7 @@ from test_scripts import (
 )
 
 import toy
-from infra import dataset
+from infra import dataset, prompts
 from kernels import TeacherTopK
 
 ORIGINAL = {"opd_weighted": "opd", "fkl_weighted": "fkl_warmup", "opd_sampled": "opd", "opd_topk": "opd"}
