@@ -191,6 +191,7 @@ def test_neutral_weights_are_the_original_bit_for_bit(run_script, checkpoints, d
     neutral = {"paced": None, "reward_weight": 0.0} | ({"tip_fraction": 1.0} if script == "opd" else {})
     variant = run_script(WEIGHTED[script], **args, **neutral, micro_batch_tokens=60)
     assert_unchanged(variant.out, original.out)
+    assert variant.record["command"] == f"python {WEIGHTED[script]}.py --as-typed", "bridge.py compares it with its own"
     for row, expected in zip(variant.metrics, original.metrics, strict=True):
         assert row.pop("charts/trained_frac") == 1
         assert {k: v for k, v in row.items() if not k.startswith(TIMES)} == {
@@ -545,9 +546,7 @@ def test_every_variant_has_an_original():
     assert sorted(ORIGINAL) == sorted(path.stem for path in (ROOT / "variants").glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "name, bound", [("opd_weighted", 100), ("fkl_weighted", 70), ("opd_sampled", 68), ("opd_topk", 205)]
-)
+@pytest.mark.parametrize("name, bound", [("opd_weighted", 92), ("fkl_weighted", 69), ("opd_sampled", 62), ("opd_topk", 195)])
 def test_a_variant_stays_near_its_original(name, bound):
     """Lines that a reader of `diff` has to look at. Change both files, or raise the bound."""
     texts = [(ROOT / path).read_text().splitlines() for path in (f"{ORIGINAL[name]}.py", f"variants/{name}.py")]
