@@ -15,7 +15,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Formatter
@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     data = {"labeled": train, "prompts": train, "heldout": heldout}
     if unlabeled:
         spec = args.unlabeled_data or f"{out}/world/unlabeled.jsonl"
-        prompts = [replace(p, answer=None) for p in dataset.load_problems(spec, "--unlabeled-data", need_answers=False)]
+        prompts = dataset.load_problems(spec, "--unlabeled-data", need_answers=False, answers=False)
         data["prompts"] = dataset.write_problems(out / "data/unlabeled.jsonl", prompts, f"--unlabeled-data {spec}")
     labeled = dataset.load_problems(train, "--train-data", need_answers=True)
     budgets = {None: data}

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from infra import dataset, parallel
 from infra.cli import require, require_positive
+from infra.prompts import INSTRUCTION, policy_flag, render_all
 from infra.reward import OwnReward
 from infra.sampler_hf import HFSampler
 
@@ -67,12 +68,12 @@ class RolloutArgs:
     """from problems to responses: the data, the prompt, the sampler"""
 
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
-    """problems: hub id (name, name:config, name:config:split) or local .jsonl/.json/.parquet; grpo.py needs answers"""
+    """problems: hub id (name, name:config, name:config:split) or local .jsonl/.json/.parquet/.csv; grpo.py needs answers"""
     prompt_column: str | None = None
     """column of the problem's text or chat; none: problem, question or prompt, the first there is"""
     answer_column: str | None = None
     """column of the reference answer; none: answer, solution or reward_model.ground_truth, the first there is"""
-    instruction: str = dataset.INSTRUCTION
+    instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking); with a teacher, the student's"""
@@ -186,7 +187,7 @@ def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[fl
 def load_eval(args, tokenizer, need_answers: bool = True):
     """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
     problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers) if args.eval_every else []
-    return problems, [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
+    return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 
 def evaluate(args, step: int, last: bool, sampler, tokenizer, grader, eval_set) -> dict[str, float]:

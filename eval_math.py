@@ -23,6 +23,7 @@ from infra import cli, dataset, models, parallel, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.grader import Grader
+from infra.prompts import INSTRUCTION, render_all
 
 HUB = {
     "math500": "HuggingFaceH4/MATH-500:default:test",
@@ -37,7 +38,7 @@ class Args:
     model: str | None = None
     """checkpoint to measure: hub id or local folder of a causal LM with a chat template"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
-    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, or local .jsonl/.parquet files"""
+    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, local .jsonl/.json/.parquet/.csv"""
     out: str | None = None
     """results go to OUT/BENCHMARK/; default: results/ and the model's name"""
     compare: tuple[str, str] | None = None
@@ -62,7 +63,7 @@ class Args:
     """share of the GPU's memory for vLLM's weights and cache"""
     vllm_tp: int = 1
     """GPUs that share vLLM's copy of the weights"""
-    instruction: str = dataset.INSTRUCTION
+    instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -142,8 +143,7 @@ def main(args: Args) -> None:
     if args.sampler == "hf":
         model = models.load_model(args.model, "--model", device, dtype, trainable=False)
     rendered = {
-        name: [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
-        for name, problems in benchmarks.items()
+        name: render_all(tokenizer, problems, args.instruction, args.thinking) for name, problems in benchmarks.items()
     }
     sampler = common.make_sampler(
         args,
@@ -184,13 +184,13 @@ def main(args: Args) -> None:
             "args": asdict(args),
         }
         (out / name).mkdir(parents=True, exist_ok=True)
-        with (out / name / "generations.jsonl").open("w") as file:
+        with (out / name / "generations.jsonl").open("w", encoding="utf-8") as file:
             for k, (response, reward) in enumerate(zip(responses, rewards, strict=True)):
                 problem = problems[k // args.samples]
                 file.write(
                     json.dumps(
                         {
-                            "problem": problem.text,
+                            "problem": problem.key,
                             "answer": problem.answer,
                             "sample": k % args.samples,
                             "reward": reward,
@@ -201,7 +201,7 @@ def main(args: Args) -> None:
                     )
                     + "\n"
                 )
-        (out / name / "summary.json").write_text(json.dumps(summary, indent=2))
+        (out / name / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         low, high = summary["ci95"]
         print(
             f"{name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "

@@ -20,6 +20,7 @@ import common
 from infra import batches, cli, dataset, models, parallel, plan, run_folder, telemetry
 from infra.cli import require
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.reward import make_grader
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -95,7 +96,7 @@ def main(args: Args) -> None:
     labeled = grader.uses_labels
     problems = dataset.load_problems(args.train_data, "--train-data", labeled, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.model, "--model")
-    problems, [prompts] = dataset.render_prompts(args, problems, [tokenizer], [args.thinking])
+    problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     eval_set = common.load_eval(args, tokenizer, labeled)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 

@@ -391,7 +391,7 @@ def main(args: Args):
             print(f"{role}: " + "  ".join(f"{k} {v}" for k, v in report[role].items()))
     report["seconds"] = round(time.time() - start, 1)
     print(f"{args.out}: {report['seconds']} s")
-    with open(os.path.join(args.out, "toy.json"), "w") as f:
+    with open(os.path.join(args.out, "toy.json"), "w", encoding="utf-8") as f:
         json.dump(report, f, indent=1)
 
 

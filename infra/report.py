@@ -70,8 +70,8 @@ def cost(folders: list[list[Path]]) -> dict:
     for stages in folders:
         labels = set()
         for folder in stages:
-            run = json.loads((folder / "run.json").read_text())
-            labels |= set(json.loads((folder / "labels.json").read_text()))
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            labels |= set(json.loads((folder / "labels.json").read_text(encoding="utf-8")))
             kind = "rl_updates" if "group_size" in run["args"] else "dense_updates"
             for key, value in ((kind, "updates"), ("sampled_tokens", "sampled_tokens"), ("flops", "flops")):
                 total[key] += run[value] / len(folders)
@@ -124,9 +124,10 @@ def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int],
         by_budget = {n: {arm: scores_of(stage, benchmarks[0], n) for arm, stage in last.items()} for n in budgets}
         costs = {n: {arm: cost_of(used, n) for arm, used in arms.items()} for n in budgets}
         record |= frontier.frontier(by_budget, costs)
-    (out / "report.json").write_text(json.dumps(record, indent=2))
+    (out / "report.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     text, plots = markdown(record), "![](frontier.png)\n" if "frontier" in record else ""
-    (out / "report.md").write_text(f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}")
+    page = f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}"
+    (out / "report.md").write_text(page, encoding="utf-8")
     plot(out, record, {name: [at(name, seed, budgets[-1]) for seed in seeds] for name in units})
     if "frontier" in record:
         frontier.plot(out / "frontier.png", record)
@@ -209,7 +210,7 @@ def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
             curve = {}
             for folder in folders[name]:
                 path = folder / "metrics.jsonl"
-                for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
                     if key in row:
                         curve.setdefault(row["step"], []).append(row[key])
             if curve:
@@ -223,10 +224,10 @@ def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
 
 def put(page: Path, block: str, text: str) -> bool:
     """Write `text` between the page's `<!-- BLOCK -->` and the next `<!-- end -->`; False if there is no such block."""
-    before, begin, rest = page.read_text().partition(f"<!-- {block} -->\n")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {block} -->\n")
     _, end, after = rest.partition("\n<!-- end -->")
     if begin and end:
-        page.write_text(before + begin + text + end + after)
+        page.write_text(before + begin + text + end + after, encoding="utf-8")
     return bool(begin and end)
 
 
@@ -236,14 +237,14 @@ def main(args: Args) -> None:
     root = Path(__file__).parent.parent
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
-        record = json.loads((run / "report.json").read_text())
+        record = json.loads((run / "report.json").read_text(encoding="utf-8"))
         require(
             put(root / "docs/results.md", f"report {run.name}", markdown(record)),
             f"--runs {run}: docs/results.md has no block <!-- report {run.name} --> ... <!-- end --> to put it in",
         )
         put(root / "README.md", f"summary {run.name}", summary(record))
-        shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
-        (root / f"benchmarks/results/{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.copy(run / ("frontier.png" if "frontier" in record else "report.png"), root / f"docs/{run.name}.png")
+        (root / f"benchmarks/results/{run.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 

@@ -32,6 +32,7 @@ from infra.cli import RunStopped, UsageError, require
 from infra.grader import Grader
 from infra.hub import RETRY_WAITS, first_line
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherTopK, fused_linear_divergence
 
@@ -87,7 +88,7 @@ def main(args: Args) -> None:
     # ---- problems and prompts
     problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.student, "--student")
-    problems, [prompts] = dataset.render_prompts(args, problems, [tokenizer], [args.thinking])
+    problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     check_teacher(args, tokenizer, student.config.vocab_size, max(map(len, prompts)))
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
