@@ -12,7 +12,7 @@ from infra.grader import last_boxed, reference_answer
 SYSTEM_COLUMNS = ("system", "system_prompt")
 MAX_DIGITS = 1000  # of a number as an answer, written out
 SEVERAL_BOXES = "solutions with several different boxes, of which the last counts"
-UNUSABLE = "answers that are no text, number or list of one, taken for none"
+UNUSABLE = f"answers that are no text, number of at most {MAX_DIGITS} digits, or list of one, taken for none"
 UNREADABLE_BOX = "answers with a \\boxed that cannot be read, taken for none"
 
 
