@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 import toy
-from infra import dataset, prompts, rows
+from infra import columns, dataset, prompts, rows
 from infra.cli import UsageError
 from infra.dataset import Problem, digest, load_problems, report_ungradable
 from infra.prompts import render_all, render_prompt, render_prompts
@@ -329,18 +329,32 @@ def test_integers_beside_a_null_in_parquet_are_integers(tmp_path):
     assert [p.answer for p in load(tmp_path / "d.parquet", need_answers=False)] == ["8", None, "100"]
 
 
-@pytest.mark.parametrize("solution", [r"So \boxed{1} or \boxed{2", r"\boxed{}", r"So \boxed"])
+BAD_BOXES = [
+    r"So \boxed{1} or \boxed{2",
+    r"\boxed{}",
+    r"So \boxed",
+    r"$\boxed 12$",
+    r"\boxed\frac12",
+    r"\boxed 2\pi",
+    r"\boxed 2.5",
+]
+
+
+@pytest.mark.parametrize("solution", BAD_BOXES)
 def test_a_box_that_cannot_be_read_is_no_answer_and_counted(tmp_path, capsys, solution):
     path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}, {"problem": "b", "solution": solution}])
     assert [p.text for p in load(path)] == ["a"]
     assert r"1 answers with a \boxed that cannot be read, taken for none (first: line 2)" in capsys.readouterr().out
 
 
-def test_a_box_without_braces_is_read_or_counted_but_never_a_whole_solution(tmp_path):
-    path = write_jsonl(
-        tmp_path / "d.jsonl", [{"problem": "a", "answer": "1"}, {"problem": "b", "solution": r"It is $\boxed 2$."}]
-    )
-    assert [p.answer for p in load(path, need_answers=False)] in (["1", None], ["1", "2"])
+def test_a_box_without_braces_is_counted_and_never_a_whole_solution(tmp_path, capsys, monkeypatch):
+    """Also with a grader that reads it."""
+    path = write_jsonl(tmp_path / "d.jsonl", [{"problem": "b", "solution": r"It is $\boxed 2$."}])
+    [problem] = load(path, need_answers=False)
+    assert problem.answer in (None, "2") and r"1 answers" in capsys.readouterr().out
+    monkeypatch.setattr(columns, "reference_answer", lambda text: "2")
+    assert load(path)[0].answer == "2"
+    assert r"1 answers from a \boxed without braces, whose one character" in capsys.readouterr().out
 
 
 def test_different_boxes_in_a_solution_are_counted_and_the_last_holds(tmp_path, capsys):
