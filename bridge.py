@@ -48,7 +48,7 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
     "raw_teacher": ("opd.py", "{teacher} {raw_teacher_warmup}", "prompts", "{opd_flags}"),
     "bridge": ("opd.py", "{teacher_rl} {bridge_warmup}", "prompts", "{opd_flags}"),
     "bridge_grpo": ("grpo.py", "{bridge}", "heldout", "{stage3_flags}"),
-    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled", "{warmup_flags}"),
+    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled", "{warmup_flags} {own_rollouts}"),
     "bridge_own_prompts": ("opd.py", "{teacher_rl} {own_prompts_warmup}", "labeled", "{opd_flags}"),
     # controls: as many updates as the stages they are held against have made, or as many FLOPs
     "cold_grpo": ("grpo.py", "{student}", "heldout", "{stage3_flags}"),
@@ -64,6 +64,7 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
 SPENT = {  # what a control's flags take from the run.json of stages that are finished by then
     "bridge_updates": ("updates", ["bridge_warmup", "bridge"]),
     "bridge_rollouts": ("updates", ["bridge_warmup", "bridge"]),
+    "own_rollouts": ("updates", ["bridge_warmup"]),
     "bridge_flops": ("flops", BRIDGE),
     "stage3_updates": ("updates", ["bridge_grpo"]),
 }
@@ -136,6 +137,10 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
         first, total = run_folder.finished(at("bridge_warmup")), values["bridge_rollouts"]
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         values["bridge_rollouts"] = f"--max-steps {total} --rollouts-per-prompt {rollouts}"
+    if "{own_rollouts}" in flags:  # as many in all as the bridge's warmup has, from fewer prompts
+        prompts, own = (sum(1 for _ in open(data[key], encoding="utf-8")) for key in ("prompts", "labeled"))
+        rollouts = run_folder.finished(at("bridge_warmup"))["args"]["rollouts_per_prompt"]
+        values["own_rollouts"] = f"--rollouts-per-prompt {-(-prompts * rollouts // own)}"
     names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
     models = " ".join(f"{name} {model.format_map(values)}" for name, model in zip(names, models.split(), strict=True))
     force = " --force" if args.force and script != "grpo.py" else ""

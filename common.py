@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from infra import dataset, parallel
 from infra.cli import require, require_positive
 from infra.prompts import INSTRUCTION, policy_flag, render_all
+from infra.reward import OwnReward
 from infra.sampler_hf import HFSampler
 
 
@@ -179,12 +180,13 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:
     """Rewards of the responses, an entry of `problems` for each, from the grader of rank 0."""
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    return parallel.on_rank_zero(grader.grade, texts, [problem.answer for problem in problems])
+    references = problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
+    return parallel.on_rank_zero(grader.grade, texts, references)
 
 
-def load_eval(args, tokenizer):
+def load_eval(args, tokenizer, need_answers: bool = True):
     """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
-    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers=True) if args.eval_every else []
+    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers) if args.eval_every else []
     return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 

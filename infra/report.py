@@ -243,7 +243,7 @@ def main(args: Args) -> None:
             f"--runs {run}: docs/results.md has no block <!-- report {run.name} --> ... <!-- end --> to put it in",
         )
         put(root / "README.md", f"summary {run.name}", summary(record))
-        shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
+        shutil.copy(run / ("frontier.png" if "frontier" in record else "report.png"), root / f"docs/{run.name}.png")
         (root / f"benchmarks/results/{run.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 

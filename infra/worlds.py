@@ -24,7 +24,8 @@ def fill_in(args) -> None:
     )
     grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 {micro} --eval-every 10"
     dense = f"{shared} --learning-rate 7e-4 {micro}"
-    warmup = f"{dense} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
+    rollouts = 1 if args.labels else 4  # 2,048 in all: of the 2,048 unlabeled prompts, or of the 512 labeled ones
+    warmup = f"{dense} --rollouts-per-prompt {rollouts} --rollouts-per-step 64 --eval-every 20"
     args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps {world['teacher_steps']} {args.teacher_grpo_flags}"
     args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
     args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"

@@ -103,6 +103,11 @@ def main(args: Args) -> None:
     eval_set = common.load_eval(args, tokenizer)
     rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
+    require(
+        args.rollouts_per_step <= rollout_count,
+        f"--rollouts-per-step {args.rollouts_per_step} is more than the {rollout_count} rollouts; use at most that, or "
+        f"raise --rollouts-per-prompt",
+    )
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer
@@ -173,7 +178,7 @@ def main(args: Args) -> None:
             with models.autocast(device, dtype):
                 hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
-                weight = torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device)  # a mean over the batch's
+                weight = torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device)  # a mean by weight
                 options = {"kind": "forward_kl", "temperature": args.temperature, "target_ids": ids}
                 if args.loss == "ce":
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log

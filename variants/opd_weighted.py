@@ -85,9 +85,7 @@ def main(args: Args) -> None:
     require(0 < args.tip_fraction <= 1, f"--tip-fraction {args.tip_fraction}: must be above 0 and at most 1")
     require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(
-        args, plan.Workload(student, {"teacher": teacher}, sampled=student, responses=args.prompts_per_step, cached=True)
-    )
+    plan.check(args, plan.Workload(student, {"teacher": teacher}, student, args.prompts_per_step, cached=True))
 
     # ---- problems and prompts
     answers = args.reward_weight > 0  # are needed
@@ -198,7 +196,7 @@ def main(args: Args) -> None:
                     target,
                     kind=args.loss,
                     jsd_beta=args.jsd_beta,
-                    weight=torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device),  # a mean over the batch's
+                    weight=torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device),  # a mean by weight
                     **options,
                 )
                 if trained < tokens:  # there the tokens of weight 0 are left out; the metrics are means over all
