@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Repairs of one answer's LaTeX in front of math-verify: what it says, written so that math-verify's grammar reads it.
 
 Strings only, and no recursion: a repair takes time linear, at worst quadratic, in the length of an answer, which is bounded.

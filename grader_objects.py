@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Whether two texts are the same answer: math-verify's grammar reads them, their kinds and values are compared.
 
 What has no values to compare, sets without end points and systems of equations, is left to math-verify's verify().

@@ -1,3 +1,4 @@
+# docs/grader.md
 """The child process of grader.py: one question a line on its standard input, one verdict a line back.
 
 It is started with -P and so imports nothing of its folder by accident: a file there may be called like a library's module.

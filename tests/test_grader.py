@@ -243,7 +243,8 @@ def test_a_number_equals_its_other_forms_and_no_neighbour(grader, top, bottom):
     reference = rf"\frac{{{top}}}{{{bottom}}}"
     equal = [
         rf"\left({top}\right) \div {bottom}", rf"\frac{{1}}{{{bottom}}} \cdot ({top})",
-        rf"\frac{{{2 * top}}}{{{2 * bottom}}}", rf"x = \frac{{{top}}}{{{bottom}}}", rf"{top} \cdot {bottom}^{{-1}}", rf"\frac{{{top}}}{{{bottom}}} \text{{ cm}}",
+        rf"\frac{{{2 * top}}}{{{2 * bottom}}}",
+        rf"x = \frac{{{top}}}{{{bottom}}}", rf"{top} \cdot {bottom}^{{-1}}", rf"\frac{{{top}}}{{{bottom}}} \text{{ cm}}",
     ]  # fmt: skip
     near = [rf"\frac{{{top}}}{{{bottom}}} \cdot (1 + 10^{{-{k}}})" for k in (9, 30) if top] + [
         rf"\frac{{{top + 1}}}{{{bottom}}}", rf"\frac{{{top}}}{{{bottom}}} + 10^{{-40}}",
@@ -310,6 +311,12 @@ def test_references_that_nothing_can_match_are_found(grader):
                     r"\text{It is increasing on the whole line}", r"AB \parallel CD"]  # fmt: skip
     assert grader.gradable(gradable + not_gradable) == [True] * len(gradable) + [False] * len(not_gradable)
     assert grader.gradable([]) == [] and Grader(kind="boxed").gradable(["any text"]) == [True]
+
+
+def test_a_fault_in_a_repair_is_counted_and_ends_nothing(grader, monkeypatch):
+    monkeypatch.setattr("grader.readings", lambda *pair: 1 / 0)
+    before = grader.timeouts
+    assert grader.grade([box("x + 1 + 1"), box("3")], ["x+2", "3"]) == [0.0, 1.0] and grader.timeouts == before + 1
 
 
 def test_kind_boxed_is_string_equality_and_nothing_else():
