@@ -114,7 +114,7 @@ class Grader:
     """Calls from several threads take turns. The counters add up over the grader's life:
 
     unparsable  responses without a usable box: none, cut off, empty, or longer than MAX_ANSWER_CHARS
-    timeouts    responses scored 0 because the worker died on their answer: killed at the deadline, or a crash
+    timeouts    responses scored 0 because their answer could not be judged: a worker killed at the deadline, or a crash
     """
 
     uses_labels = True
@@ -187,12 +187,16 @@ class Grader:
         return list(self.pool.map(function, items)) if items else []
 
     def _judge(self, pair: tuple[str, str]) -> bool | None:
-        return self._ask(readings(*pair) if len(pair[0]) <= MAX_ANSWER_CHARS else [], False)
+        return self._ask(pair, False)
 
     def _readable(self, answer: str) -> bool | None:
-        return self._ask(readings(answer, another_form(answer)), True)
+        return self._ask((answer, another_form(answer)), True)
 
-    def _ask(self, pairs: list[tuple[str, str]], read: bool) -> bool | None:
+    def _ask(self, pair: tuple[str, str], read: bool) -> bool | None:
+        try:
+            pairs = readings(*pair)
+        except Exception:  # a fault of the repairs, on a text that nobody thought of: no reason to end a run
+            return None
         if not pairs:
             return False
         worker = self.idle.get()

@@ -25,9 +25,9 @@ NO_UNIT = re.compile(r"\b(?:or|and|more|less|least|most|not|no|if|when|for|even|
 OPERATOR_AT_END = re.compile(r"\\(?:le|leq|ge|geq|in|cdot|times|cup|cap|pm)$")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNIT_TEXT = re.compile(
-    rf"(?:\s|\\[,;:!]|~|/|\\cdot(?![A-Za-z])|{TEXT}(?P<unit>{BRACES})(?:\s*\^\s*(?:[0-9]|\{{-?[0-9]\}}))?)+$"
+    rf"(?:\s|\\[,;:!]|~|/|\\cdot(?![A-Za-z])|{TEXT}(?P<unit>{BRACES})(?:\s*\^\s*(?P<power>[0-9]|\{{-?[0-9]\}}))?)+$"
 )
-BARE_UNIT = re.compile(r"(?P<words>[A-Za-z]+(?:[ /][A-Za-z]+){0,3})(?:\s*\^\s*\{?[0-9]\}?)?\.?$")
+BARE_UNIT = re.compile(r"(?P<words>[A-Za-z]+(?:[ /][A-Za-z]+){0,3})(?:\s*\^\s*(?P<power>\{?[0-9]\}?))?\.?$")
 NUMERIC = re.compile(r"(?:[-+0-9.,/(){}\s]|\\(?:frac|times|cdot|sqrt|pi|pm)(?![A-Za-z])|\^)*[0-9})]")
 
 LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)})(?![A-Za-z])|{TEXT}{BRACES})"
@@ -62,13 +62,15 @@ def unit_of(text: str, other: str) -> tuple[str, str]:
         return text, ""
     if not allowed:
         return text, ""
+    unit += " ^" + match["power"].strip("{}") if match["power"] else ""
     scale = SCALES.get(unit.lower().split()[0]) if unit else None
     return (rf"{head} \cdot 10^{{{scale}}}", "".join(unit.split()[1:])) if scale else (head, unit)
 
 
 def same_unit(a: str, b: str) -> bool:
+    (a, _, power), (b, _, power_b) = a.partition(" ^"), b.partition(" ^")
     known = [UNITS.get(u) or UNITS.get(u.lower().rstrip("s")) for u in (a, b)]
-    return None in known or known[0] == known[1]
+    return (None in known or known[0] == known[1]) and ("" in (power, power_b) or power == power_b)
 
 
 def interval_of(text: str) -> tuple[str, str] | None:

@@ -31,6 +31,7 @@ def main(parent: int, timeout: float, memory_gb: float) -> None:
     package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
     from infra.grader_objects import judge
 
+    judge(r"\frac{\pi}{2}", r"\pi \cdot 0.5", False)  # the parser builds its tables now, not on an answer's clock
     os.dup2(silence, 2)
     signal.setitimer(signal.ITIMER_REAL, 0)
     print("ready", file=protocol, flush=True)
