@@ -86,7 +86,10 @@ def test_sizes_that_do_not_divide(cli, typed):
     )
 
 
-@pytest.mark.parametrize("script, sizes", [("grpo", {"prompts_per_step": 14, "minibatch_prompts": 7}), ("opd", {"prompts_per_step": 14})])
+LARGE = {"grpo": {"prompts_per_step": 14, "minibatch_prompts": 7}, "opd": {"prompts_per_step": 14}}
+
+
+@pytest.mark.parametrize("script, sizes", LARGE.items())
 def test_a_step_larger_than_the_data_passes_over_it_again(cli, typed, script, sizes):
     """Few labels are no reason for small steps: the responses are sampled anew."""
     code, out, _ = cli(script, *typed(script, max_steps=1, **sizes))
