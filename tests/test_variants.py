@@ -39,7 +39,7 @@ from test_scripts import (
 )
 
 import toy
-from infra import dataset
+from infra import dataset, prompts
 from kernels import TeacherTopK
 
 ORIGINAL = {"opd_weighted": "opd", "fkl_weighted": "fkl_warmup", "opd_sampled": "opd", "opd_topk": "opd"}
@@ -95,7 +95,7 @@ def expected_weights(flags, answers, entropies, divergences):
 def naive(student, teacher, rollout, problems, flags):
     """-> loss, weights (tokens,), reverse KL (tokens,)"""
     tokenizer, temperature = toy.make_tokenizer(), flags.get("temperature", 1.0)
-    answers = {tuple(dataset.render_prompt(tokenizer, p, "", False)): p.answer for p in problems}
+    answers = {tuple(prompts.render_prompt(tokenizer, p, "", False)): p.answer for p in problems}
     losses, entropies, divergences = [], [], []
     for log_ps, log_pt, ids in naive_divergences(student, teacher, rollout, rollout[0], temperature):
         name = flags.get("loss", "reverse_kl")
