@@ -23,7 +23,7 @@ import common
 from infra import cli, dataset, evaluation, models, parallel, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
-from infra.grader import Grader, last_boxed
+from infra.grader import Grader
 from infra.samples_page import token_texts
 
 HUB = {
@@ -138,25 +138,6 @@ def print_comparison(folder_a: str, folder_b: str) -> None:
         print(f"{name}: {row['difference']:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]  ({problems} problems, paired)")
 
 
-def regrade(args: Args) -> None:
-    """Grade the saved responses of a result folder again: what is graded is their text, so no model is needed."""
-    for folder in evaluation.find_results(args.regrade, "--regrade").values():
-        rows, summary, _lock = evaluation.open_finished(folder)
-        grades, counted = grade(args, [row["response"] for row in rows], [row["answer"] for row in rows])
-        changed = [k for k, row in enumerate(rows) if row["reward"] != grades[k]]
-        graded = [row | {"reward": reward} for row, reward in zip(rows, grades, strict=True)]
-        before, summary = summary["accuracy"], summary | figures(np.array(grades).reshape(-1, summary["samples"])) | counted
-        summary |= {"regraded": run_folder.command_line(), "args": summary["args"] | {"grader": args.grader}}
-        evaluation.write(folder, graded, summary)
-        print(
-            f"{folder}: accuracy {before:.4f} before, {summary['accuracy']:.4f} now: {len(changed)} of {len(rows)} verdicts "
-            f"have changed"
-        )
-        for k in changed[:1]:
-            print(f"  first: {last_boxed(rows[k]['response'])!r} for {rows[k]['answer']!r}, {rows[k]['reward']:g} "
-                  f"before, {grades[k]:g} now, sample {rows[k]['sample']} of {rows[k]['problem'][:60]!r}")  # fmt: skip
-
-
 def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], result: evaluation.Result) -> None:
     """Sample what a killed process has not sampled yet, grade all, and write the result."""
     name, start, number = result.folder.name, time.time(), {p.text: i for i, p in enumerate(problems)}
@@ -176,18 +157,7 @@ def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], 
     texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
     of_response = [p for p in problems for _ in range(args.samples)]
     rewards, counted = grade(args, texts, [p.answer for p in of_response])
-    rows = [
-        {
-            "problem": problem.text,
-            "answer": problem.answer,
-            "sample": k % args.samples,
-            "reward": reward,
-            "length": len(response.ids),
-            "truncated": response.truncated,
-            "response": text,
-        }
-        for k, (problem, response, reward, text) in enumerate(zip(of_response, responses, rewards, texts, strict=True))
-    ]
+    rows = evaluation.rows_of(of_response, args.samples, responses, texts, rewards)
     summary = {
         **figures(np.array(rewards).reshape(-1, args.samples)),
         "truncated_frac": float(np.mean([r.truncated for r in responses])),
@@ -206,23 +176,14 @@ def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], 
         return token_texts(tokenizer, responses[k].ids), [round(-x, 4) for x in responses[k].sampler_logprobs]
 
     result.finish(rows, summary, tokens_of)
-    show(result.folder, summary)
-
-
-def show(folder: Path, summary: dict, finished: str = "") -> None:
-    (low, high), samples = summary["ci95"], summary["samples"]
-    print(
-        f"{folder.name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "
-        f"pass@{samples} {summary['pass_at_k'][str(samples)]:.4f}  {summary['problems']} problems x {samples}  "
-        f"length {summary['response_length']:.0f}  truncated {summary['truncated_frac']:.3f}  -> {folder}/{finished}"
-    )
+    evaluation.show(result.folder, summary)
 
 
 def main(args: Args) -> None:
     if args.compare or args.regrade:
         require(not (args.compare and args.regrade), "--compare and --regrade: give one of them")
         if not parallel.rank():
-            print_comparison(*args.compare) if args.compare else regrade(args)
+            print_comparison(*args.compare) if args.compare else evaluation.regrade(args, grade, figures)
         return
 
     # ---- check what was typed, before anything expensive
@@ -251,7 +212,7 @@ def main(args: Args) -> None:
     results = {name: evaluation.Result(out / name, args, specs[name], whole[name]) for name in names}
     for result in results.values():
         if result.summary:
-            show(result.folder, result.summary, " finished before; --overwrite measures it again")
+            evaluation.show(result.folder, result.summary, " finished before; --overwrite measures it again")
     names = [name for name in names if not results[name].summary]
     if not names:
         return

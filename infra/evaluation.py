@@ -13,10 +13,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from infra import dataset, parallel, run_folder, samples_page
 from infra.cli import RunStopped, require
 from infra.digest import digest_of, digests
 from infra.files import read_record, write_aside
+from infra.grader import last_boxed
 from infra.sampler import Response
 
 # what a result depends on; the other flags change memory and speed
@@ -66,8 +69,9 @@ class Result:
     def _open(self, overwrite: bool) -> tuple[dict | None, dict[str, list[Response]]]:
         self.lock = run_folder.lock_folder(self.folder)
         with room(self.folder):
-            for path in [p for p in self.folder.iterdir() if overwrite and p.name != ".lock"]:
-                path.unlink()
+            for pattern in ("summary.json", "generations.jsonl", "samples.html", "partial*") if overwrite else ():
+                for path in self.folder.glob(pattern):
+                    path.unlink()
             summary, known = read_record(self.folder / "summary.json"), self._read_partial()
             before = summary or (read_record(self.folder / "partial.json") if known else None)
             way_out = "repeat its flags, choose another --out, or give --overwrite"
@@ -113,6 +117,31 @@ class Result:
             path.unlink()
 
 
+def rows_of(problems, samples: int, responses: list[Response], texts: list[str], rewards: list[float]) -> list[dict]:
+    """Rows of generations.jsonl; all lists have an entry per response, `samples` of each problem in a row."""
+    return [
+        {
+            "problem": problem.text,
+            "answer": problem.answer,
+            "sample": k % samples,
+            "reward": reward,
+            "length": len(response.ids),
+            "truncated": response.truncated,
+            "response": text,
+        }
+        for k, (problem, response, text, reward) in enumerate(zip(problems, responses, texts, rewards, strict=True))
+    ]
+
+
+def show(folder: Path, summary: dict, finished: str = "") -> None:
+    (low, high), samples = summary["ci95"], summary["samples"]
+    print(
+        f"{folder.name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "
+        f"pass@{samples} {summary['pass_at_k'][str(samples)]:.4f}  {summary['problems']} problems x {samples}  "
+        f"length {summary['response_length']:.0f}  truncated {summary['truncated_frac']:.3f}  -> {folder}/{finished}"
+    )
+
+
 def write(folder: Path, rows: list[dict], summary: dict, tokens_of=None) -> None:
     """Each file aside and renamed, summary.json last. tokens_of: as for samples_page.evaluation_page"""
     page = samples_page.evaluation_page(f"{folder.parent.name}/{folder.name}", rows, summary["samples"], tokens_of)
@@ -139,6 +168,26 @@ def find_results(folder: str, flag: str) -> dict[str, Path]:
     paths = sorted([*Path(folder).glob("generations.jsonl"), *Path(folder).glob("*/generations.jsonl")])
     require(paths, f"{flag} {folder}: no generations.jsonl there; give a folder that eval_math.py wrote")
     return {path.parent.name: path.parent for path in paths}
+
+
+def regrade(args, grade, figures) -> None:
+    """Grade the saved responses of the result folder --regrade again, each as the text that was graded, so that no model is
+    needed. grade and figures: those of eval_math.py."""
+    for folder in find_results(args.regrade, "--regrade").values():
+        rows, summary, _lock = open_finished(folder)
+        grades, counted = grade(args, [row["response"] for row in rows], [row["answer"] for row in rows])
+        changed = [k for k, row in enumerate(rows) if row["reward"] != grades[k]]
+        graded = [row | {"reward": reward} for row, reward in zip(rows, grades, strict=True)]
+        before, summary = summary["accuracy"], summary | figures(np.array(grades).reshape(-1, summary["samples"])) | counted
+        summary |= {"regraded": run_folder.command_line(), "args": summary["args"] | {"grader": args.grader}}
+        write(folder, graded, summary)
+        print(
+            f"{folder}: accuracy {before:.4f} before, {summary['accuracy']:.4f} now: {len(changed)} of {len(rows)} verdicts "
+            f"have changed"
+        )
+        for k in changed[:1]:
+            print(f"  first: {last_boxed(rows[k]['response'])!r} for {rows[k]['answer']!r}, {rows[k]['reward']:g} "
+                  f"before, {grades[k]:g} now, sample {rows[k]['sample']} of {rows[k]['problem'][:60]!r}")  # fmt: skip
 
 
 def open_finished(folder: Path):
