@@ -292,24 +292,25 @@ def test_models_of_the_same_name_have_results_of_their_own(tmp_path, monkeypatch
 def test_kill_9_at_two_thirds(world, tmp_path, ranks):
     """The real thing: the process is killed, the same line is given again. Counted are batches that were written."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    data = [{"problem": f"{i}+{j}?", "answer": str((i + j) % 10)} for i in range(9) for j in range(20)]
+    data = [{"problem": f"{i}+{j}?", "answer": str((i + j) % 10)} for i in range(9) for j in range(10)]
     data = write_jsonl(tmp_path / "data.jsonl", data)
     command = [sys.executable, *launcher, str(ROOT / "eval_math.py"), "--model", f"{world}/student_base"]
     command += ["--benchmarks", data, "--instruction", "", "--max-response-tokens", "64", "--rollout-batch-tokens", "3000"]
     command += ["--samples", "16", "--temperature", "1", "--top-p", "1", "--top-k", "0"]
     assert subprocess.run([*command, "--out", str(tmp_path / "whole")]).returncode == 0
     out = tmp_path / "killed" / "data"
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], start_new_session=True)
-    while process.poll() is None and written(out) < 120:
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")])
+    while process.poll() is None and written(out) < 60:
         time.sleep(0.005)
     assert process.poll() is None, "too fast to be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if ranks > 1 else []
+    for pid in [process.pid, *map(int, children)]:  # torchrun, then its ranks
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     kept = written(out)
-    time.sleep(1)  # torchrun's ranks have sessions of their own, and notice
     assert subprocess.run([*command, "--out", str(tmp_path / "killed")]).returncode == 0
     assert (out / "generations.jsonl").read_bytes() == (tmp_path / "whole" / "data" / "generations.jsonl").read_bytes()
-    assert json.loads((out / "summary.json").read_text())["kept_problems"] >= kept - ranks
+    assert json.loads((out / "summary.json").read_text())["kept_problems"] >= kept > 0
 
 
 def written(folder) -> int:
