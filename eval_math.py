@@ -24,6 +24,7 @@ from infra import cli, dataset, evaluation, models, parallel, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.grader import Grader
+from infra.prompts import INSTRUCTION, render_all
 from infra.samples_page import token_texts
 
 HUB = {
@@ -39,7 +40,7 @@ class Args:
     model: str | None = None
     """checkpoint to measure: hub id or local folder of a causal LM with a chat template"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
-    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, or local .jsonl/.parquet files"""
+    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, local .jsonl/.json/.parquet/.csv"""
     out: str | None = None
     """results go to OUT/BENCHMARK/; default: results/ and the last two parts of the model's path"""
     overwrite: bool = False
@@ -68,7 +69,7 @@ class Args:
     """share of the GPU's memory for vLLM's weights and cache"""
     vllm_tp: int = 1
     """GPUs that share vLLM's copy of the weights"""
-    instruction: str = dataset.INSTRUCTION
+    instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -140,8 +141,8 @@ def print_comparison(folder_a: str, folder_b: str) -> None:
 
 def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], result: evaluation.Result) -> None:
     """Sample what a killed process has not sampled yet, grade all, and write the result."""
-    name, start, number = result.folder.name, time.time(), {p.text: i for i, p in enumerate(problems)}
-    known = {number[text]: responses for text, responses in result.known.items() if text in number}
+    name, start, number = result.folder.name, time.time(), {p.key: i for i, p in enumerate(problems)}
+    known = {number[key]: responses for key, responses in result.known.items() if key in number}
     with cli.progress_bar(len(prompts) * args.samples, name, "response") as bar:
         bar.update(len(known) * args.samples)
         responses = sampler.sample(
@@ -150,7 +151,7 @@ def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], 
             seed=(args.seed,),
             progress=bar,
             known=known,
-            keep=lambda some: result.keep({problems[i].text: responses for i, responses in some.items()}),
+            keep=lambda some: result.keep({problems[i].key: responses for i, responses in some.items()}),
         )
     if parallel.rank():
         return
@@ -202,10 +203,7 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(args.model, "--model")
     device, dtype = models.device_and_dtype(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    prompts = {
-        name: [dataset.render_prompt(tokenizer, problem, args.instruction, args.thinking) for problem in some]
-        for name, some in problems.items()
-    }
+    prompts = {name: render_all(tokenizer, some, args.instruction, args.thinking) for name, some in problems.items()}
 
     # ---- what is measured already is left alone
     out = Path(args.out or evaluation.default_out(args.model))

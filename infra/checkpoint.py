@@ -48,7 +48,7 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
                 {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside, no_dist=not dist.is_initialized()
             )
         if parallel.rank() == 0:
-            (aside / "state.json").write_text(json.dumps(state))
+            (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
             os.replace(aside, folder)
             for old in whole(out)[:-keep_last]:
                 shutil.rmtree(old)
@@ -66,7 +66,7 @@ def restore(folder: Path, model, optimizer) -> dict:
     with _quiet():
         dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _quiet():

@@ -121,7 +121,7 @@ def rows_of(problems, samples: int, responses: list[Response], texts: list[str],
     """Rows of generations.jsonl; all lists have an entry per response, `samples` of each problem in a row."""
     return [
         {
-            "problem": problem.text,
+            "problem": problem.key,
             "answer": problem.answer,
             "sample": k % samples,
             "reward": reward,

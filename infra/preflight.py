@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from infra import dataset, parallel
+from infra import parallel
 from infra.batches import response_hidden
 from infra.cli import UsageError
 from infra.hub import explain_missing, from_hub
 from infra.models import autocast, device_and_dtype
+from infra.prompts import render_prompt
 from infra.sampler import eos_token_ids
 from infra.sampler_hf import HFSampler
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -84,7 +85,7 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
     check_thinking(report, teacher, student)
 
     prompts = [
-        one.tokenizer.decode(dataset.render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking))
+        one.tokenizer.decode(render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking, one.flag))
         for one in (teacher, student)
     ]
     if prompts[0] == prompts[1]:

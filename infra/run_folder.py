@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/run_folder.md
 """The run folder, its record of what a run was and cost, and the rules that stop a run."""
 
 import fcntl
@@ -40,7 +40,7 @@ def make_out(out: str | Path) -> Path:
 def finished(out: str | Path) -> dict | None:
     """run.json of a finished run in folder `out`, else None."""
     path = Path(out) / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return record if record.get("finished") else None
 
 
@@ -65,9 +65,10 @@ class Run:
         )
         if worth:
             require_same_run(args, self.out)
-        self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
-        split = args.label_split and load_problems(args.label_split, "--label-split", need_answers=True)
-        self.label_split = {p.text for p in split} if split else None
+        self.labels = set()  # keys of the problems whose reference answer was consulted for a reward
+        columns, self.label_split = (args.prompt_column, args.answer_column), None
+        if args.label_split:
+            self.label_split = {p.key for p in load_problems(args.label_split, "--label-split", True, *columns)}
         self.spent = Counter()  # optimizer updates, sampled tokens, FLOPs
         self.record = {
             "finished": False,
@@ -93,7 +94,7 @@ class Run:
         self._write_record()
         last_step = checkpoint.step(self.resumed_from)
         keep_metrics(self.out, last_step)
-        self.metrics = (self.out / "metrics.jsonl").open("a")
+        self.metrics = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = progress_bar(total_steps, self.out.name, "step")
         if args.tensorboard:
             try:
@@ -135,13 +136,13 @@ class Run:
     def consult(self, problems) -> None:
         """Enter problems into the ledger before their answers decide a reward. Raises RunStopped for one that is not in
         --label-split."""
-        texts = {problem.text for problem in problems}
-        outside = texts - self.label_split if self.label_split is not None else set()
+        keys = {problem.key for problem in problems}
+        outside = keys - self.label_split if self.label_split is not None else set()
         if outside:
             reason = f"a label outside --label-split {self.args.label_split}: {min(outside)[:80]!r}"
             self.note(stopped=reason)
             raise RunStopped(f"{self.out}: {reason}; nothing was learned from it. Take --train-data from that file")
-        self.labels |= texts
+        self.labels |= keys
 
     def spend(self, updates: int = 0, sampled_tokens: int = 0, flops: float = 0) -> None:
         """Count what training costs, for run.json. FLOPs are 2 a parameter and token forward and 4 more backward, attention
@@ -159,7 +160,7 @@ class Run:
             self._write_record()
 
     def _write_record(self):
-        (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
+        (self.out / "run.json").write_text(json.dumps(self.record, indent=2), encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float], watched: str | None = None) -> None:
         """Append one object to metrics.jsonl. `watched` is the metric to show behind the progress bar."""
@@ -187,7 +188,7 @@ class Run:
             return
         self.bar.close()
         self.metrics.close()
-        (self.out / "labels.json").write_text(json.dumps(sorted(self.labels)))
+        (self.out / "labels.json").write_text(json.dumps(sorted(self.labels)), encoding="utf-8")
         self.record |= {
             "finished": True,
             "wall_time_s": round(time.time() - self.start, 1),
@@ -204,7 +205,7 @@ class Run:
 
 def lock_folder(out: Path):
     """An open file that keeps other processes out of `out` until this one ends. Raises UsageError if one is at work."""
-    file = (out / ".lock").open("w")
+    file = (out / ".lock").open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -214,7 +215,7 @@ def lock_folder(out: Path):
 
 def rank_zero_file(path: Path, lines: list[str]):
     """`path` open for writing, holding `lines`; on the other ranks what is written goes nowhere."""
-    file = open(os.devnull if parallel.rank() else path, "w")
+    file = open(os.devnull if parallel.rank() else path, "w", encoding="utf-8")
     file.writelines(lines)
     return file
 
@@ -222,7 +223,7 @@ def rank_zero_file(path: Path, lines: list[str]):
 def require_same_run(args, out: Path) -> None:
     """Raise UsageError if the run in `out` was started with another model, other data or another seed; print whatever
     else is new."""
-    before, now = json.loads((out / "run.json").read_text())["args"], json.loads(json.dumps(asdict(args)))
+    before, now = json.loads((out / "run.json").read_text(encoding="utf-8"))["args"], json.loads(json.dumps(asdict(args)))
     changed = {name: f"--{name.replace('_', '-')} was {before.get(name)}, now {now[name]}" for name in now}
     changed = {name: text for name, text in changed.items() if before.get(name) != now[name] and name != "resume"}
     fixed = [changed[name] for name in ("model", "teacher", "student", "train_data", "rollouts", "seed") if name in changed]
@@ -234,8 +235,9 @@ def require_same_run(args, out: Path) -> None:
 def keep_metrics(out: Path, last_step: int) -> None:
     """Cut metrics.jsonl behind `last_step`, the step to go on from: later rows are of steps that run again."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and last_step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 class StopRules:

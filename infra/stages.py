@@ -26,10 +26,10 @@ def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
     print(f"\n$ {shlex.join([*launcher, script, *flags])}" + (f"\n  > {log}" if log else ""), flush=True)
     launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *flags]
-    with open(log, "a") if log else nullcontext() as output:
+    with open(log, "a", encoding="utf-8") if log else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
     if code:
-        last = log.read_text().strip().splitlines()[-1:] if log else []
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log else []
         print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
               sep="\n", file=sys.stderr)  # fmt: skip
         sys.exit(code)
@@ -46,7 +46,7 @@ def execute(folder: Path, done: str, command: Callable[[], str], inputs: list[Pa
 
     Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
     typed = shlex.join(["python", *shlex.split(command())])
-    record = json.loads((folder / done).read_text()) if (folder / done).exists() else {"finished": False}
+    record = json.loads((folder / done).read_text(encoding="utf-8")) if (folder / done).exists() else {"finished": False}
     finished = record.get("finished", True)
     made = folder / done if finished else checkpoint.latest(folder)  # a stage that was stopped goes on from its checkpoint
     if made:

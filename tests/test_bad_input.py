@@ -105,8 +105,8 @@ DATA_FLAG = {"grpo": "train_data", "fkl_warmup": "train_data", "opd": "train_dat
     [
         ("", ["the dataset is empty"]),
         ("\n\n", ["the dataset is empty"]),
-        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt; it has answer, text"]),
-        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
+        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt", "it has answer, text"]),
+        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["line 2 is not a JSON object"]),
         ('["1+1?", "2"]\n', ["object"]),
         ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),
         ('{"problem": null, "answer": "2"}\n', ["problem"]),
