@@ -12,8 +12,11 @@ from infra.grader import last_boxed, reference_answer
 SYSTEM_COLUMNS = ("system", "system_prompt")
 MAX_DIGITS = 1000  # of a number as an answer, written out
 SEVERAL_BOXES = "solutions with several different boxes, of which the last counts"
-UNUSABLE = "answers that are no text, number or list of one, taken for none"
+UNUSABLE = f"answers that are no text, number of at most {MAX_DIGITS} digits, or list of one, taken for none"
 UNREADABLE_BOX = "answers with a \\boxed that cannot be read, taken for none"
+BARE_BOX = "answers from a \\boxed without braces, whose one character or command counts"
+# `\boxed 2` and `\boxed\pi`, with nothing behind it that may belong to it, as in `\boxed 12` or `\boxed\frac12`
+BARE = re.compile(r"\\boxed\s*(?:\\[A-Za-z]+|[^\s\\{}$])(?=\s|\$|\\[\])]|[.,;:!?)](?!\d)|\Z)")
 
 
 def cell(row: dict, column: str):
@@ -102,8 +105,10 @@ def read_answer(row: dict, columns) -> tuple[str | None, str | None]:
     if is_blank(text):
         return None, UNUSABLE
     answer = reference_answer(text)
-    if not answer or "\\boxed" in answer:
+    parts = re.split(r"(?=\\boxed(?![A-Za-z]))", text)[1:] if "####" not in text else []  # each begins with a box
+    bare = bool(parts) and last_boxed(parts[-1]) is None
+    if not answer or "\\boxed" in answer or bare and not BARE.match(parts[-1]):
         return None, UNREADABLE_BOX
-    boxes = [last_boxed(part) for part in re.split(r"(?=\\boxed(?![A-Za-z]))", text)[1:]]
-    boxes = {box.strip() for box in boxes if box}
-    return answer, SEVERAL_BOXES if len(boxes) > 1 and answer in boxes else None
+    if len({reference_answer(part) for part in parts}) > 1:
+        return answer, SEVERAL_BOXES
+    return answer, BARE_BOX if bare else None

@@ -110,7 +110,7 @@ def mean_rewards(spec: str, flag: str) -> dict[str, float]:
     """{problem: mean reward of its responses} of the generations.jsonl `spec` of eval_math.py."""
     by_problem = {}
     for row in load_rows(spec, flag):
-        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
+        known = isinstance(row.get("problem"), str) and isinstance(row.get("reward"), (int, float))
         require(known, f"{flag} {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
         by_problem.setdefault(row["problem"], []).append(float(row["reward"]))
     return {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}

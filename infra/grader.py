@@ -25,8 +25,8 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from grader_latex import scientific
-from grader_readings import SEVERAL, another_form, readings, words_of
+from infra.grader_latex import scientific
+from infra.grader_readings import SEVERAL, another_form, readings, words_of
 
 MAX_ANSWER_CHARS = 1000  # a longer box is unparsable and never reaches sympy; MATH-500's longest reference has 53
 MAX_WORDS = 3  # of a reference in words: a name or a choice, not a sentence
@@ -114,7 +114,7 @@ class Grader:
     """Calls from several threads take turns. The counters add up over the grader's life:
 
     unparsable  responses without a usable box: none, cut off, empty, or longer than MAX_ANSWER_CHARS
-    timeouts    responses scored 0 because the worker died on their answer: killed at the deadline, or a crash
+    timeouts    responses scored 0 because their answer could not be judged: a worker killed at the deadline, or a crash
     """
 
     uses_labels = True
@@ -187,12 +187,16 @@ class Grader:
         return list(self.pool.map(function, items)) if items else []
 
     def _judge(self, pair: tuple[str, str]) -> bool | None:
-        return self._ask(readings(*pair) if len(pair[0]) <= MAX_ANSWER_CHARS else [], False)
+        return self._ask(pair, False)
 
     def _readable(self, answer: str) -> bool | None:
-        return self._ask(readings(answer, another_form(answer)), True)
+        return self._ask((answer, another_form(answer)), True)
 
-    def _ask(self, pairs: list[tuple[str, str]], read: bool) -> bool | None:
+    def _ask(self, pair: tuple[str, str], read: bool) -> bool | None:
+        try:
+            pairs = readings(*pair)
+        except Exception:  # a fault of the repairs, on a text that nobody thought of: no reason to end a run
+            return None
         if not pairs:
             return False
         worker = self.idle.get()

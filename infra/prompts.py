@@ -14,30 +14,39 @@ def say_once(message: str) -> None:
     print(message, flush=True)
 
 
-def render_text(tokenizer, problem, instruction: str, thinking: bool, flag: str, **variables) -> str:
-    """The prompt as text, with every system and user message in it. `variables` go to the template. A template that loops
-    over content parts gets them. Raises UsageError for a template that fails or leaves a message out."""
-    text = problem.text if not instruction or "\\boxed" in problem.text else f"{problem.text}\n{instruction}"
-    messages, refusal = [*problem.messages, {"role": "user", "content": text}], None
-    options = {"add_generation_prompt": True, "enable_thinking": thinking, "tokenize": False} | variables
+def apply_template(tokenizer, messages, **options) -> str:
+    """Messages ({"role", "content"}, a text) through the chat template, as text that holds every system and user message. A
+    template that loops over content parts gets them. Raises whatever the template does, or ValueError for a lost message."""
     parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    refusal = None
     for given in (messages, parts):
         try:
-            prompt = tokenizer.apply_chat_template(given, **options)
-        except Exception as error:  # whatever jinja raises, or the template by raise_exception
+            text = tokenizer.apply_chat_template(given, tokenize=False, **options)
+        except Exception as error:  # jinja's, those of the Python inside it, or the template's own raise_exception
             refusal = refusal or error
             continue
-        lost = [m["role"] for m in messages if m["role"] != "assistant" and m["content"].strip() not in prompt]
-        if not lost and (given is messages or "'type'" not in prompt):  # else parts were printed, not read
-            return prompt
+        lost = [m["role"] for m in messages if m["role"] != "assistant" and m["content"].strip() not in text]
+        if not lost and (given is messages or "'type'" not in text):  # else the parts were printed, not read
+            return text
         refusal = refusal or ValueError(f"it leaves out the {(lost or ['user'])[0]}'s message")
-    model = f"{flag} {tokenizer.name_or_path}"
-    roles = ", ".join(m["role"] for m in messages)
-    fix = f"take messages out of the data (here {roles}), or " if problem.messages else ""
-    raise UsageError(
-        f"{model}: its chat template does not render {problem.where or 'the problem'} ({first_line(refusal)}); "
-        f"{fix}repair chat_template.jinja in that folder, or use an instruct checkpoint"
-    )
+    raise refusal
+
+
+def render_text(tokenizer, problem, instruction: str, thinking: bool, flag: str, **variables) -> str:
+    """The prompt as text. `variables` go to the template. Raises UsageError for a template that fails or leaves a message
+    out."""
+    text = problem.text if not instruction or "\\boxed" in problem.text else f"{problem.text}\n{instruction}"
+    messages = [*problem.messages, {"role": "user", "content": text}]
+    try:
+        return apply_template(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinking, **variables)
+    except Exception as error:
+        fix = (
+            f"take messages out of the data (here {', '.join(m['role'] for m in messages)}), or " if problem.messages else ""
+        )
+        raise UsageError(
+            f"{flag} {tokenizer.name_or_path}: its chat template does not render {problem.where or 'the problem'} "
+            f"({first_line(error)}); {fix}repair chat_template.jinja in that folder, or use an instruct checkpoint"
+        ) from None
 
 
 def render_prompt(tokenizer, problem, instruction: str, thinking: bool, flag: str = "--model") -> list[int]:

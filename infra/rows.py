@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 
@@ -22,15 +23,15 @@ def numbered_rows(spec: str, flag: str) -> list[tuple[str, dict]]:
     """[(its place in the file: "line 3" or "row 3", from 1; row)] of a local .jsonl, .json, .parquet or .csv file, or of a
     hub dataset `name`, `name:config` or `name:config:split`. A local file is read as it is: by its literal path, as UTF-8,
     without a cache. Raises UsageError for what cannot be read, naming the place."""
-    path, kinds = Path(spec), ", ".join(READERS)
+    path, there, kinds = Path(spec), os.path.exists(spec), ", ".join(READERS)
     read = READERS.get(path.suffix.lower())
-    if path.is_dir() or Path(spec.split(":")[0]).is_dir():
-        raise UsageError(f"{flag} {spec}: that is a folder here; give a file in it ({kinds})")
-    if not read and not path.exists():
+    folder = os.path.isdir(spec or ".") or os.path.isdir(spec.split(":")[0])
+    require(not folder, f"{flag} {spec}: that is a folder here; give a file in it ({kinds})")
+    if not read and not there:
         rows = [(f"row {number}", row) for number, row in enumerate(hub_rows(spec, flag), 1)]
     else:
         require(read, f"{flag} {spec}: the file is there, but only {kinds} are read; unpack, convert or rename it")
-        require(path.exists(), f"{flag} {spec}: there is no such file. Check the path")
+        require(there, f"{flag} {spec}: there is no such file. Check the path")
         try:
             rows = read(path)
         except OSError as error:
@@ -78,7 +79,8 @@ def read_jsonl(path: Path) -> list[tuple[str, object]]:
         try:
             rows += [(f"line {number}", parse_json(line))] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"line {number} is not a JSON object ({first_line(error)})") from None
+            why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise ValueError(f"line {number} is not a JSON object ({why})") from None
     return rows
 
 
@@ -103,6 +105,8 @@ def read_csv(path: Path) -> list[tuple[str, dict]]:
         for cells in reader:
             if not columns:
                 columns = [cell.strip() for cell in cells]
+                if len(columns) == 1 and (other := {";", "\t"} & set(columns[0])):
+                    raise ValueError(f"the columns are separated by {other.pop()!r}; separate them by commas")
                 if len(set(columns)) < len(columns):
                     raise ValueError(f"two columns of the header have one name: {', '.join(columns)}")
             elif cells:

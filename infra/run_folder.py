@@ -279,7 +279,8 @@ class StopRules:
 
 def command_line() -> str:
     """The command that runs this process, as a user would type it in the repository."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = os.path.relpath(Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent)
+    return shlex.join(["python", script, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:

@@ -295,6 +295,11 @@ def summary_keys() -> list[str]:
                 + dict_keys(function("infra/report.py", "cost"), "total")
             ),
         ),
+        (
+            "docs/report.md",
+            "field of a study with label budgets",
+            lambda: dict_keys(function("infra/frontier.py", "frontier"), "return"),
+        ),
         ("docs/report.md", "comparison", lambda: dict_keys(nodes("infra/report.py"), "COMPARISONS")),
         ("docs/toy.md", "key", lambda: dict_keys(function("toy.py", "measure"), "return")),
         (

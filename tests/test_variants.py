@@ -39,7 +39,7 @@ from test_scripts import (
 )
 
 import toy
-from infra import dataset
+from infra import dataset, prompts
 from kernels import TeacherTopK
 
 ORIGINAL = {"opd_weighted": "opd", "fkl_weighted": "fkl_warmup", "opd_sampled": "opd", "opd_topk": "opd"}
@@ -95,7 +95,7 @@ def expected_weights(flags, answers, entropies, divergences):
 def naive(student, teacher, rollout, problems, flags):
     """-> loss, weights (tokens,), reverse KL (tokens,)"""
     tokenizer, temperature = toy.make_tokenizer(), flags.get("temperature", 1.0)
-    answers = {tuple(dataset.render_prompt(tokenizer, p, "", False)): p.answer for p in problems}
+    answers = {tuple(prompts.render_prompt(tokenizer, p, "", False)): p.answer for p in problems}
     losses, entropies, divergences = [], [], []
     for log_ps, log_pt, ids in naive_divergences(student, teacher, rollout, rollout[0], temperature):
         name = flags.get("loss", "reverse_kl")
@@ -191,6 +191,7 @@ def test_neutral_weights_are_the_original_bit_for_bit(run_script, checkpoints, d
     neutral = {"paced": None, "reward_weight": 0.0} | ({"tip_fraction": 1.0} if script == "opd" else {})
     variant = run_script(WEIGHTED[script], **args, **neutral, micro_batch_tokens=60)
     assert_unchanged(variant.out, original.out)
+    assert variant.record["command"] == f"python {WEIGHTED[script]}.py --as-typed", "bridge.py compares it with its own"
     for row, expected in zip(variant.metrics, original.metrics, strict=True):
         assert row.pop("charts/trained_frac") == 1
         assert {k: v for k, v in row.items() if not k.startswith(TIMES)} == {
@@ -242,7 +243,7 @@ def test_labels_are_counted(run_script, fake_grader, checkpoints, data, generati
 
 
 @pytest.mark.slow
-def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoints, data, generations, tmp_path):
+def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoints, data, generations, server, tmp_path):
     fake_grader(FakeGrader.rule)
     distil = SMALL | {"student": checkpoints.llama, "teacher": checkpoints.narrow, "train_data": data, "paced": generations}
     flags = {
@@ -250,9 +251,13 @@ def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoi
         "one": ("variants/opd_weighted", {"prompts_per_step": 1, "tip_fraction": 0.4, "paced": None}),
         "warmup": ("variants/fkl_weighted", {"rollouts_per_step": 5, "rollouts_per_prompt": 2, "reward_weight": 0.7}),
     }
+    served = {name: value for name, value in distil.items() if name not in ("teacher", "paced")}
+    served |= {"teacher_url": server.url, "teacher_model": "tiny", "top_k": 5}
 
     def jobs(folder):
-        return [[script, distil | own | {"out": f"{tmp_path}/{folder}/{name}"}] for name, (script, own) in flags.items()]
+        runs = [[name, script, distil | own] for name, (script, own) in flags.items()]
+        runs += [[f"topk{n}", "variants/opd_topk", served | {"prompts_per_step": n}] for n in (1, 7)]
+        return [[script, args | {"out": f"{tmp_path}/{folder}/{name}"}] for name, script, args in runs]
 
     ranked = torchrun(2, "tests/parallel_ranks.py", json.dumps(jobs("ranked")))
     assert ranked.returncode == 0, ranked.stderr[-3000:]
@@ -399,8 +404,10 @@ def test_topk_gradient_equals_the_formula(run_script, checkpoints, data, server,
         pair = with_tail(log_ps, top), with_tail(log_pt, top)
         rows.append((token_loss(loss, *pair, ids, 0.3), kl(*pair), -(log_ps.exp() * log_ps).sum(-1), pair[1][:, -1].exp()))
     losses, reverse_kl, entropy, tail = (torch.cat(column) for column in zip(*rows, strict=True))
+    gradient = gradient_of(student, losses.mean())
     assert len(run.splits[0][1]) > 1
-    assert_close(actual, gradient_of(student, losses.mean()))
+    assert_close(actual, gradient)
+    losses, reverse_kl, entropy = losses.detach(), reverse_kl.detach(), entropy.detach()
     assert logged["losses/policy_loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
     assert logged["losses/reverse_kl"] == pytest.approx(float(reverse_kl.mean()), rel=1e-6)
     assert logged["losses/entropy"] == pytest.approx(float(entropy.mean()), rel=1e-6), "over the vocabulary"
@@ -545,9 +552,7 @@ def test_every_variant_has_an_original():
     assert sorted(ORIGINAL) == sorted(path.stem for path in (ROOT / "variants").glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "name, bound", [("opd_weighted", 100), ("fkl_weighted", 70), ("opd_sampled", 68), ("opd_topk", 205)]
-)
+@pytest.mark.parametrize("name, bound", [("opd_weighted", 92), ("fkl_weighted", 69), ("opd_sampled", 62), ("opd_topk", 195)])
 def test_a_variant_stays_near_its_original(name, bound):
     """Lines that a reader of `diff` has to look at. Change both files, or raise the bound."""
     texts = [(ROOT / path).read_text().splitlines() for path in (f"{ORIGINAL[name]}.py", f"variants/{name}.py")]
@@ -557,7 +562,7 @@ def test_a_variant_stays_near_its_original(name, bound):
     assert f"{ORIGINAL[name]}.py" in docstring.split("\n\n")[0] and f"python variants/{name}.py" in docstring
 
 
-@pytest.mark.parametrize("name", ["opd_sampled", *[pytest.param(name, marks=pytest.mark.slow) for name in ORIGINAL]])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "opd_sampled" else []) for n in ORIGINAL])
 def test_a_variant_starts_from_anywhere(tmp_path, name):
     """As a user types it: nothing of the repository is on the path but what the script puts there."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"COLUMNS": "200"}

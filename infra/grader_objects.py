@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Whether two texts are the same answer: math-verify's grammar reads them, their kinds and values are compared.
 
 What has no values to compare, sets without end points and systems of equations, is left to math-verify's verify().
@@ -12,7 +13,7 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify import verify
 from mpmath import mp
 
-from grader_values import SCREEN, TooLarge, Undefined, Unknown, defined, inexact, names_in, points, same_expression
+from infra.grader_values import SCREEN, TooLarge, Undefined, Unknown, defined, inexact, names_in, points, same_expression
 
 # units=False: it takes the h of \pi r^2 h for hours; lowercase_symbols=False: R - r is not 0
 NORMALIZATION = NormalizationConfig(True, units=False, malformed_operators=True, nits=True, boxed="none")

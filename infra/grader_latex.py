@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Repairs of one answer's LaTeX in front of math-verify: what it says, written so that math-verify's grammar reads it.
 
 Strings only, and no recursion: a repair takes time linear, at worst quadratic, in the length of an answer, which is bounded.
@@ -6,6 +7,7 @@ Strings only, and no recursion: a repair takes time linear, at worst quadratic, 
 import re
 
 BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"  # three deep
+BRACKET = re.compile(r"[(\[{]|(?P<closes>[)\]}])")
 TEXT = r"\\(?:text(?:rm|bf|it|normal|up)?|mathrm|mbox|mathit)\s*"
 GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau "
@@ -47,10 +49,10 @@ def split_at(text: str, separator: str) -> list[str]:
 def closing(text: str, start: int) -> int | None:
     """Position behind the bracket that closes the one at `start`."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(text[i], 0)
+    for bracket in BRACKET.finditer(text, start):
+        depth += -1 if bracket["closes"] else 1
         if depth == 0:
-            return i + 1
+            return bracket.end()
     return None
 
 
@@ -58,7 +60,7 @@ def enclosure(text: str) -> str:
     r"""The bracket, one of ( [ \{, that closes at the text's very end, else an empty string."""
     text = text.strip()
     start = 1 if text.startswith(r"\{") else 0
-    if text and text[start : start + 1] in "([{" and closing(text.replace("[", "(").replace("]", ")"), start) == len(text):
+    if text and text[start : start + 1] in "([{" and closing(text, start) == len(text):
         return text[: start + 1] if start or text[0] != "{" else ""
     return ""
 

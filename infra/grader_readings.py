@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""What a reference and an answer say side by side: readings() is what grader.py asks of a pair.
 
 Pairs of repaired texts, of which one being equal is enough: 45^\circ is read as 45 and as pi/4. No pair means unequal.
@@ -5,7 +6,7 @@ Pairs of repaired texts, of which one being equal is enough: 45^\circ is read as
 
 import re
 
-from grader_latex import BRACES, GREEK, TEXT, clean, enclosure, final, scientific, split_at
+from infra.grader_latex import BRACES, GREEK, TEXT, clean, enclosure, final, scientific, split_at
 
 MAX_EXPONENT = 2000  # an answer of 1,000 characters without a power of ten is no larger, so it is not that number
 
@@ -24,9 +25,9 @@ NO_UNIT = re.compile(r"\b(?:or|and|more|less|least|most|not|no|if|when|for|even|
 OPERATOR_AT_END = re.compile(r"\\(?:le|leq|ge|geq|in|cdot|times|cup|cap|pm)$")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNIT_TEXT = re.compile(
-    rf"(?:\s|\\[,;:!]|~|/|\\cdot(?![A-Za-z])|{TEXT}(?P<unit>{BRACES})(?:\s*\^\s*(?:[0-9]|\{{-?[0-9]\}}))?)+$"
+    rf"(?:\s|\\[,;:!]|~|/|\\cdot(?![A-Za-z])|{TEXT}(?P<unit>{BRACES})(?:\s*\^\s*(?P<power>[0-9]|\{{-?[0-9]\}}))?)+$"
 )
-BARE_UNIT = re.compile(r"(?P<words>[A-Za-z]+(?:[ /][A-Za-z]+){0,3})(?:\s*\^\s*\{?[0-9]\}?)?\.?$")
+BARE_UNIT = re.compile(r"(?P<words>[A-Za-z]+(?:[ /][A-Za-z]+){0,3})(?:\s*\^\s*(?P<power>\{?[0-9]\}?))?\.?$")
 NUMERIC = re.compile(r"(?:[-+0-9.,/(){}\s]|\\(?:frac|times|cdot|sqrt|pi|pm)(?![A-Za-z])|\^)*[0-9})]")
 
 LETTER = rf"(?:[A-Za-z]|\\(?:{'|'.join(GREEK)})(?![A-Za-z])|{TEXT}{BRACES})"
@@ -61,13 +62,15 @@ def unit_of(text: str, other: str) -> tuple[str, str]:
         return text, ""
     if not allowed:
         return text, ""
+    unit += " ^" + match["power"].strip("{}") if match["power"] else ""
     scale = SCALES.get(unit.lower().split()[0]) if unit else None
     return (rf"{head} \cdot 10^{{{scale}}}", "".join(unit.split()[1:])) if scale else (head, unit)
 
 
 def same_unit(a: str, b: str) -> bool:
+    (a, _, power), (b, _, power_b) = a.partition(" ^"), b.partition(" ^")
     known = [UNITS.get(u) or UNITS.get(u.lower().rstrip("s")) for u in (a, b)]
-    return None in known or known[0] == known[1]
+    return (None in known or known[0] == known[1]) and ("" in (power, power_b) or power == power_b)
 
 
 def interval_of(text: str) -> tuple[str, str] | None:

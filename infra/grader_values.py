@@ -1,3 +1,4 @@
+# docs/grader.md
 r"""Whether two sympy expressions have the same value: exactly where it is rational, to 1,000 digits where it is not.
 
 math-verify takes numbers for equal whose difference is small in absolute terms, 3e-17 and 2e-17 for example. Expressions
