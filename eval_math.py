@@ -188,7 +188,7 @@ def main(args: Args) -> None:
         return
 
     # ---- check what was typed, before anything expensive
-    require(args.model, "--model: give a checkpoint to measure, --compare A B, or --regrade FOLDER")
+    require(args.model, "--model: give a checkpoint to measure, or --compare A B, or --regrade FOLDER")
     cli.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     common.choose_sampler(args, training=False)
     names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
