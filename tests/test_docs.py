@@ -271,10 +271,19 @@ def test_metrics_of_telemetry_are_read_as_they_come_out():
     assert "losses/reverse_kl_early" not in logged("fkl_warmup.py") | logged("grpo.py")
 
 
+def summary_keys() -> list[str]:
+    """In the order of summary.json."""
+    own = dict_keys(function("eval_math.py", "measure"), "summary")
+    graded = [key.value for node in function("eval_math.py", "grade") if isinstance(node, ast.Dict) for key in node.keys]
+    at = own.index("kept_problems")
+    record = dict_keys(nodes("infra/evaluation.py"), "self.record")
+    return dict_keys(function("eval_math.py", "figures"), "return") + own[:at] + graded + own[at:] + record
+
+
 @pytest.mark.parametrize(
     "page, header, keys",
     [
-        ("docs/eval_math.md", "key", lambda: dict_keys(function("eval_math.py", "main"), "summary")),
+        ("docs/eval_math.md", "key", summary_keys),
         ("docs/run_folder.md", "key of `run.json`", lambda: dict_keys(nodes("infra/run_folder.py"), "self.record")),
         ("docs/report.md", "field", lambda: dict_keys(function("infra/report.py", "write"), "record")),
         (
