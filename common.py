@@ -94,7 +94,7 @@ class RolloutArgs:
     vllm_sleep: bool = True
     """drop vLLM's weights and cache while the model trains"""
     canary_tolerance: float | None = None
-    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.12; 0: off"""
 
 
 def check(args, positive: str) -> None:
@@ -112,7 +112,7 @@ def check(args, positive: str) -> None:
 def choose_sampler(args, training: bool = True) -> None:
     """Replace `--sampler auto` by what it means here. Raises UsageError if the vllm sampler cannot work."""
     installed = importlib.util.find_spec("vllm") is not None
-    if args.sampler == "auto":
+    if args.sampler == "auto" and not getattr(args, "plan_gpu", None):  # that GPU's machine decides, as the plan does
         args.sampler = "vllm" if torch.cuda.is_available() and installed else "hf"
         if torch.cuda.is_available() and not installed:
             print("--sampler auto: vllm is not installed, so the slower hf samples; pip install -r requirements.txt")

@@ -25,7 +25,7 @@ from kernels import fused_linear_logprob  # noqa: E402
 PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
 PROBE_ROOM = 176  # tokens that fit into the engine whatever the run's own lengths are; blocks have 16 on most GPUs
 CPU_BLOCK = 32  # tokens; vLLM's own choice for a CPU, 128, makes the probe longer and samples no faster
-CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # mean |difference|; a 135 M model has 1e-5 and 0.05
+CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.12}  # mean |difference|; a 135 M model has 1e-5 and up to 0.063
 CPU_CACHE_BYTES = 512 << 20  # on a GPU it is what --vllm-gpu-memory-utilization leaves
 
 
