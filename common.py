@@ -99,14 +99,15 @@ class RolloutArgs:
 
 def check(args, positive: str) -> None:
     """Raise UsageError for a flag that cannot work: the shared ones, and those named in `positive` if not above 0.
-    Replaces `--sampler auto` by what it means here."""
+    Replaces `--sampler auto` by what it means here, unless the plan is for other hardware."""
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     shared = "epochs max_steps learning_rate max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
     require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
     require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
-    choose_sampler(args)
+    if not args.plan and not args.plan_gpu:
+        choose_sampler(args)
 
 
 def choose_sampler(args, training: bool = True) -> None:
@@ -131,6 +132,8 @@ def choose_sampler(args, training: bool = True) -> None:
 def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling):
     """The sampler that --sampler names, behind choose_sampler. With `model` None the vllm sampler reads the checkpoint
     `path` itself. `longest_prompt`: tokens of the longest one it will get."""
+    if args.sampler == "auto":  # left open for --plan-gpu
+        choose_sampler(args)
     sampling = {"max_response_tokens": args.max_response_tokens, "temperature": args.temperature} | sampling
     if args.sampler == "hf":
         return HFSampler(model, tokenizer, dtype, batch_tokens=args.rollout_batch_tokens, **sampling)
@@ -157,7 +160,7 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
+    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last wraps around.
     Raises UsageError if a step would need more than there are."""
     rollouts = flag == "--rollouts-per-step"
     have, more = ("rollouts", ", or raise --rollouts-per-prompt") if rollouts else ("problems of --train-data", "")

@@ -105,7 +105,7 @@ DATA_FLAG = {"grpo": "train_data", "fkl_warmup": "train_data", "opd": "train_dat
     [
         ("", ["the dataset is empty"]),
         ("\n\n", ["the dataset is empty"]),
-        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt; it has answer, text"]),
+        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt .*; it has answer, text"]),
         ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
         ('["1+1?", "2"]\n', ["object"]),
         ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),

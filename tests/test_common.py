@@ -216,7 +216,7 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
     )
     sizes = {"grpo": {"prompts_per_step": 4, "minibatch_prompts": 4, "group_size": 2}, "opd": {"prompts_per_step": 4},
              "fkl_warmup": {"rollouts_per_step": 4}}[script]  # fmt: skip
-    run = run_script(script, **models, **sizes, train_data=data, max_response_tokens=8, max_steps=2)
+    run = run_script(script, checked=True, **models, **sizes, train_data=data, max_response_tokens=8, max_steps=2)
     files = {path.name for path in run.out.iterdir()}
     assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                      "generation_config.json", "metrics.jsonl", "run.json", f"{script}.py"}  # fmt: skip
