@@ -113,15 +113,15 @@ def check(args, positive: str) -> None:
 def choose_sampler(args, training: bool = True) -> None:
     """Replace `--sampler auto` by what it means here. Raises UsageError if the vllm sampler cannot work."""
     installed = importlib.util.find_spec("vllm") is not None
-    if args.sampler == "auto" and not getattr(args, "plan_gpu", None):  # that GPU's machine decides, as the plan does
+    if args.sampler == "auto":
         args.sampler = "vllm" if torch.cuda.is_available() and installed else "hf"
         if torch.cuda.is_available() and not installed:
             print("--sampler auto: vllm is not installed, so the slower hf samples; pip install -r requirements.txt")
     if args.sampler == "vllm":
         require(installed, "--sampler vllm: vllm is not installed; pip install -r requirements.txt, or use --sampler hf")
         require(args.dtype != "float64", "--dtype float64: vllm does not compute in it; use --sampler hf")
-        utilization = args.vllm_gpu_memory_utilization
-        require(utilization is None or 0 < utilization < 1, f"--vllm-gpu-memory-utilization {utilization}: must lie between 0 and 1")
+        share = args.vllm_gpu_memory_utilization
+        require(share is None or 0 < share < 1, f"--vllm-gpu-memory-utilization {share}: must lie between 0 and 1")
         world = int(os.environ.get("WORLD_SIZE", 1 if training else args.vllm_tp))  # vllm starts what torchrun did not
         require(
             args.vllm_tp >= 1 and world % args.vllm_tp == 0,

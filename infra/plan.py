@@ -197,7 +197,7 @@ def vllm_fixed_bytes(args, work: Workload, hw: Hardware) -> float:
     rows, tokens = (1024, 16384) if hw.bytes >= 70 * 2**30 else (256, 8192)
     config, compute = work.sampled.config, compute_bytes(args, hw)
     activations = tokens * (2 * config.intermediate_size + 4 * config.hidden_size) * compute
-    return work.sampled.params * compute / args.vllm_tp + GRAPHS + activations / args.vllm_tp + 3 * rows * config.vocab_size * 4
+    return GRAPHS + (work.sampled.params * compute + activations) / args.vllm_tp + 3 * rows * config.vocab_size * 4
 
 
 def vllm_token_bytes(args, work: Workload, hw: Hardware) -> float:

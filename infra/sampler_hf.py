@@ -64,8 +64,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 
 
 def grouped_mask(*args, **kwargs):
-    """transformers' sdpa mask, (rows, 1, q, keys) bool, but for the padding's own positions, which would see no key: they see
-    all. Attention over nothing has no value, and some of the GPU's kernels give nan for it."""
+    """transformers' sdpa mask, (rows, 1, q, keys) bool, in which the padding's own positions would see no key: here they see
+    all. Attention over nothing has no value, and kernels for GPUs have given nan for it."""
     mask = sdpa_mask(*args, **kwargs)
     return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
 

@@ -69,7 +69,7 @@ class VLLMSampler(Sampler):
             path,
             dtype=str(dtype).removeprefix("torch."),
             load_format="auto" if model is None else "dummy",
-            hf_overrides={"head_dtype": "float32"},  # logits as the trainer's losses have them; the head's weight stays `dtype`
+            hf_overrides={"head_dtype": "float32"},  # logits as the trainer's losses make them, of a head in `dtype`
             max_model_len=max(longest_prompt + max_response_tokens, PROBE_ROOM),
             skip_tokenizer_init=True,  # ids in, ids out
             logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p: those it was drawn with
