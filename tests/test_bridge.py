@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tyro
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
 
 import bridge
 import eval_math
@@ -74,8 +74,7 @@ def fake(monkeypatch):
     def run(command, **options):
         if command[0] != sys.executable:  # matplotlib looks for fonts when it is first imported on a machine
             return real_run(command, **options)
-        assert Path(command[1]).parent == ROOT
-        script, flags = Path(command[1]).name, command[2:]
+        script, flags = str(Path(command[1]).relative_to(ROOT)), command[2:]
         if "--preflight-only" in flags:
             assert script == "opd.py"
             state.preflights.append((flags, len(state.commands)))
@@ -117,7 +116,7 @@ def fake(monkeypatch):
     return state
 
 
-def stages(fake):
+def stages_run(fake):
     return [Path(flag(command, "--out")).name for command in fake.commands if command[0] not in ("eval_math.py", "toy.py")]
 
 
@@ -142,9 +141,13 @@ def real(tmp_path, problems, **changes):
     return bridge.Args(**(args | changes))
 
 
+def split(tmp_path, problems):
+    return dataset.split_labels(problems, "--train-data", tmp_path / "run/data")
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 def test_labels_are_split_80_to_20_without_overlap(tmp_path, problems):
-    train, heldout = (read_jsonl(Path(path)) for path in bridge.split_labels(real(tmp_path, problems)))
+    train, heldout = (read_jsonl(Path(path)) for path in split(tmp_path, problems))
     assert (len(train), len(heldout)) == (40, 10)
     texts = [[row["prompt"][-1]["content"] for row in part] for part in (train, heldout)]
     assert not set(texts[0]) & set(texts[1]) and len(set(texts[0] + texts[1])) == 50
@@ -153,11 +156,12 @@ def test_labels_are_split_80_to_20_without_overlap(tmp_path, problems):
             for row, t in zip(part, t_part, strict=True)} == {(f"{i}+1?", str(i + 1)) for i in range(50)}  # fmt: skip
 
 
-def test_the_split_is_that_of_seed_42_whatever_the_runs_seed(tmp_path, problems):
+def test_the_split_is_that_of_seed_42_whatever_the_runs_seed(tmp_path, fake, problems):
     expected = list(range(50))
     random.Random(42).shuffle(expected)
     for seed in (1, 2):
-        train, _ = bridge.split_labels(real(tmp_path, problems, out=str(tmp_path / f"run{seed}"), seed=seed))
+        bridge.main(real(tmp_path, problems, out=str(tmp_path / f"run{seed}"), seed=seed, arms=("base",)))
+        train = tmp_path / f"run{seed}/data/train.jsonl"
         assert [row["prompt"][-1]["content"] for row in read_jsonl(Path(train))] == [f"{i}+1?" for i in expected[:40]]
 
 
@@ -166,7 +170,7 @@ def test_the_split_keeps_chat_prompts_and_the_loader_reads_it_back(tmp_path):
     path = write_jsonl(
         tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}] + [{"prompt": f"{i}?", "answer": "1"} for i in range(4)]
     )
-    parts = [dataset.load_problems(part, "--train-data", True) for part in bridge.split_labels(real(tmp_path, path))]
+    parts = [dataset.load_problems(part, "--train-data", True) for part in split(tmp_path, path)]
     assert sorted(parts[0] + parts[1], key=str) == sorted(dataset.load_problems(path, "--train-data", True), key=str)
 
 
@@ -184,7 +188,7 @@ def test_stages_run_in_order_with_the_right_models_and_data(tmp_path, fake, prob
     bridge.main(args)
     out = args.out
     by_stage = {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] != "eval_math.py"}
-    assert stages(fake) == TRAINED
+    assert stages_run(fake) == TRAINED
     models = {"teacher_rl": ("grpo.py", ["big"]), "direct_grpo": ("grpo.py", ["small"]),
               "raw_teacher_warmup": ("fkl_warmup.py", ["big", "small"]),
               "raw_teacher": ("opd.py", ["big", f"{out}/seed1/raw_teacher_warmup"]),
@@ -212,7 +216,7 @@ def test_every_command_is_printed_as_a_user_would_type_it(tmp_path, fake, proble
 
 def test_some_arms_need_some_stages_only(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("base", "raw_teacher")))
-    assert stages(fake) == ["raw_teacher_warmup", "raw_teacher"]
+    assert stages_run(fake) == ["raw_teacher_warmup", "raw_teacher"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report["arms"]) == ["base", "raw_teacher"]
 
@@ -232,10 +236,10 @@ def test_a_broken_stage_ends_the_run_and_is_continued(tmp_path, fake, problems, 
     with pytest.raises(SystemExit) as stop:
         bridge.main(real(tmp_path, problems))
     assert stop.value.code == 3 and "fkl_warmup.py ended with exit code 3" in capsys.readouterr().err
-    assert stages(fake)[-1] == "bridge_warmup" and evaluated(fake) == []
+    assert stages_run(fake)[-1] == "bridge_warmup" and evaluated(fake) == []
     fake.fail, fake.commands = None, []
     bridge.main(real(tmp_path, problems))
-    assert stages(fake) == ["bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
+    assert stages_run(fake) == ["bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems):
@@ -252,7 +256,7 @@ def test_a_stage_older_than_what_it_was_made_from_is_refused(tmp_path, fake, pro
     (tmp_path / "run" / "seed1" / "bridge_warmup" / "run.json").unlink()
     with pytest.raises(UsageError, match="run/seed1/bridge: older than .*it was made from"):
         bridge.main(real(tmp_path, problems))
-    assert stages(fake)[-1] == "bridge_warmup"
+    assert stages_run(fake)[-1] == "bridge_warmup"
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -273,7 +277,7 @@ def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
     toy_command, *rest = fake.commands
     world = ["--world", "arithmetic", "--out", f"{out}/world", "--seed", "1", "--arch", "llama"]
     assert toy_command == ["toy.py", *world]
-    assert stages(fake) == TRAINED
+    assert stages_run(fake) == TRAINED
     for command in rest:
         name = Path(flag(command, "--out")).name
         if command[0] == "eval_math.py":
@@ -303,16 +307,20 @@ def test_the_embedded_settings_are_flags_that_the_scripts_know(tmp_path, fake):
 
 
 # --------------------------------------------------------------------------------------------------------------- controls
+def parse(command):
+    """A stage's command as the script itself would read it."""
+    return tyro.cli(SCRIPTS[command[0].removesuffix(".py")].Args, args=command[1:])
+
+
 def commands_of(fake):
     return {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")}
 
 
 def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags="--max-steps 98"))
-    assert stages(fake) == TRAINED + CONTROLS
+    assert stages_run(fake) == TRAINED + CONTROLS
     made, out = commands_of(fake), f"{tmp_path}/run/seed1"
-    parsed = {name: tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[c[0]].Args, args=c[1:])
-              for name, c in made.items()}  # fmt: skip
+    parsed = {name: parse(c) for name, c in made.items()}
     for name in ("no_warmup", "no_opd", "sft", "reward_free"):
         assert parsed[name].max_steps == UPDATES["bridge_warmup"] + UPDATES["bridge"] and parsed[name].student == "small"
     assert parsed["long_grpo"].max_flops == 3e15 and parsed["long_grpo"].max_steps > 10**5, "its three stages cost 1e15 each"
@@ -330,7 +338,7 @@ def test_every_stage_is_bound_to_the_labels_of_its_split(tmp_path, fake, problem
     other = "--train-data other.jsonl --label-split other.jsonl"
     bridge.main(real(tmp_path, problems, arms=("all",), student_grpo_flags=other))
     for name, command in commands_of(fake).items():
-        args = tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[command[0]].Args, args=command[1:])
+        args = parse(command)
         split = "heldout" if name in ("bridge_grpo", "cold_grpo") else "train"
         assert args.label_split == f"{tmp_path}/run/data/{split}.jsonl", "whatever further flags say"
 
@@ -364,7 +372,7 @@ def test_stages_run_side_by_side_but_never_before_what_they_need(tmp_path):
         return work
 
     needs = {"a": [], "b": [], "c": ["a", "b"], "d": [], "e": ["c"], "f": ["d"]}
-    bridge.run_all({name: (before, task(name)) for name, before in needs.items()}, 2)
+    stages.run_all({name: (before, task(name)) for name, before in needs.items()}, 2)
     assert sorted(order) == [*"abcdef"] and max(most) == 2
     assert all(order.index(b) < order.index(name) for name, before in needs.items() for b in before)
 
@@ -381,16 +389,16 @@ def test_behind_a_failure_nothing_more_is_started(jobs):
     tasks |= {f"later{i}": ([], lambda i=i: started.append(i)) for i in range(20)}
     tasks["needs it"] = (["bad"], lambda: started.append("needs it"))
     with pytest.raises(SystemExit) as stop:
-        bridge.run_all(tasks, jobs)
+        stages.run_all(tasks, jobs)
     assert stop.value.code == 3 and started == ["beside"] * (jobs - 1)
 
 
 def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_path, monkeypatch, capsys):
     script = tmp_path / "talk.py"
     script.write_text("import sys; print('much'); print('the reason', file=sys.stderr); sys.exit(5)")
-    monkeypatch.setattr(bridge, "__file__", str(tmp_path / "bridge.py"))
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
-        bridge.call("talk.py", log=tmp_path / "talk.log")
+        stages.call("talk.py", log=tmp_path / "talk.log")
     assert (tmp_path / "talk.log").read_text() == "much\nthe reason\n"
     out, err = capsys.readouterr()
     assert "$ python talk.py" in out and err.startswith("the reason\nerror: talk.py ended with exit code 5")
@@ -465,13 +473,13 @@ def test_the_bootstrap_draws_seeds_and_problems():
     """Against the variances that two-way resampling has in theory: seeds' + problems' of the mean."""
     rng = np.random.default_rng(0)
     seeds, problems = rng.normal(0, 1, (40, 1)), rng.normal(0, 3, (1, 300))
-    low, high = common.bootstrap_ci95(seeds + problems)
+    low, high = bootstrap_ci95(seeds + problems)
     expected = 2 * 1.96 * (seeds.var() / 40 + problems.var() / 300) ** 0.5
     assert high - low == pytest.approx(expected, rel=0.05) and low < (seeds + problems).mean() < high
     one = rng.normal(0, 1, (1, 300))
-    low, high = common.bootstrap_ci95(one)
+    low, high = bootstrap_ci95(one)
     assert high - low == pytest.approx(2 * 1.96 * (one.var() / 300) ** 0.5, rel=0.05), "one seed: problems alone"
-    low, high = common.bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
+    low, high = bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
     assert (low, high) == pytest.approx((0.1, 0.3)), "three seeds: all three alike in one draw of nine"
 
 
