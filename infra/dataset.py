@@ -110,7 +110,7 @@ def mean_rewards(spec: str, flag: str) -> dict[str, float]:
     """{problem: mean reward of its responses} of the generations.jsonl `spec` of eval_math.py."""
     by_problem = {}
     for row in load_rows(spec, flag):
-        known = isinstance(row.get("problem"), str) and isinstance(row.get("reward"), (int, float))
+        known = isinstance(row.get("problem"), (str, int)) and isinstance(row.get("reward"), (int, float))
         require(known, f"{flag} {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
         by_problem.setdefault(row["problem"], []).append(float(row["reward"]))
     return {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}
@@ -162,14 +162,14 @@ def write_problems(path: Path, problems: list[Problem], source: str) -> str:
     return str(path)
 
 
-def split_labels(spec: str, flag: str, folder: Path) -> tuple[str, str]:
+def split_labels(spec: str, flag: str, folder: str | Path) -> tuple[str, str]:
     """Split the problems of `spec` into files of 80 % and 20 %, shuffled with seed 42; returns FOLDER/train.jsonl and
     FOLDER/heldout.jsonl. Raises UsageError where these hold other problems."""
     problems = load_problems(spec, flag, need_answers=True)
     random.Random(42).shuffle(problems)
     cut = len(problems) * 4 // 5
     parts = {"train": problems[:cut], "heldout": problems[cut:]}
-    return tuple(write_problems(folder / f"{name}.jsonl", part, f"{flag} {spec}") for name, part in parts.items())
+    return tuple(write_problems(Path(folder, f"{name}.jsonl"), part, f"{flag} {spec}") for name, part in parts.items())
 
 
 def benchmark_name(spec: str) -> str:

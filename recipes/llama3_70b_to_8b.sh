@@ -8,17 +8,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:-runs/llama3_70b_to_8b} seed=${2:-1} grader=${GRADER:-math}
+out=${1:-runs/llama3_70b_to_8b} seed=${2:-1} grader=${GRADER:-math} data=open-r1/DAPO-Math-17k-Processed
 teacher=meta-llama/Llama-3.3-70B-Instruct student=meta-llama/Llama-3.1-8B-Instruct
 launch="torchrun --nnodes 4 --node-rank $NODE_RANK --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 --nproc_per_node 8"
-stage="--seed $seed --gradient-checkpointing --vllm-sleep --vllm-gpu-memory-utilization 0.5 --resume"
+stage="--seed $seed --gradient-checkpointing --resume"
 large="--vllm-tp 8"  # eight GPUs hold one copy of the teacher for vLLM
 
 # ---- labels: 80 % for the teacher (or for direct_grpo), 20 % held out for the last stage
-[ "$NODE_RANK" != 0 ] || python -c "
-from pathlib import Path
-from infra import dataset
-dataset.split_labels('open-r1/DAPO-Math-17k-Processed', '--train-data', Path('$out/data'))"
+[ "$NODE_RANK" != 0 ] || python -c "from infra.dataset import split_labels as split; split('$data', '--train-data', '$out/data')"
 train=$out/data/train.jsonl heldout=$out/data/heldout.jsonl
 prompts=${PROMPTS:-$train}  # of the dense stages, which need no labels: PROMPTS=AI-MO/NuminaMath-CoT has 860,000 more
 

@@ -84,8 +84,15 @@ def grader():
         yield grader
 
 
+@pytest.fixture(scope="module")
+def patient():
+    """For verdicts, which no busy machine may change."""
+    with Grader(timeout=30.0) as grader:
+        yield grader
+
+
 def ask_math_verify(grader: Grader, pairs: list[tuple[str, str]]) -> list[bool | None]:
-    """math-verify's own verdicts, whatever could have been settled at sight."""
+    """The workers' verdicts, whatever could have been settled at sight."""
     grader.grade([box("x+1")], ["y"])  # starts the workers
     return list(grader.pool.map(grader._judge, [(normalize(a), normalize(b)) for a, b in pairs]))
 
@@ -209,28 +216,28 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
-def test_equal_mathematics_is_credited(grader):
-    scores = grader.grade([box(p) for _, p in EQUAL], [a for a, _ in EQUAL])
+def test_equal_mathematics_is_credited(patient):
+    scores = patient.grade([box(p) for _, p in EQUAL], [a for a, _ in EQUAL])
     assert [pair for pair, score in zip(EQUAL, scores, strict=True) if score != 1.0] == []
 
 
-def test_hedged_garbled_or_other_answers_are_not_credited(grader):
-    scores = grader.grade([box(p) for _, p in DIFFERENT], [a for a, _ in DIFFERENT])
+def test_hedged_garbled_or_other_answers_are_not_credited(patient):
+    scores = patient.grade([box(p) for _, p in DIFFERENT], [a for a, _ in DIFFERENT])
     assert [pair for pair, score in zip(DIFFERENT, scores, strict=True) if score != 0.0] == []
 
 
 @pytest.mark.parametrize("kind", VERDICTS)
-def test_verdicts_by_kind(grader, kind):
+def test_verdicts_by_kind(patient, kind):
     right, wrong = VERDICTS[kind]
     for pairs, expected in ((right, 1.0), (wrong, 0.0)):
-        scores = grader.grade([box(p) for _, p in pairs], [a for a, _ in pairs])
+        scores = patient.grade([box(p) for _, p in pairs], [a for a, _ in pairs])
         assert [pair for pair, score in zip(pairs, scores, strict=True) if score != expected] == [], f"not {expected}"
 
 
 @pytest.mark.skipif(not (DATA / "grader_cases.jsonl").exists(), reason="no file of collected cases beside the repository")
-def test_collected_cases(grader):
+def test_collected_cases(patient):
     rows = [json.loads(line) for line in (DATA / "grader_cases.jsonl").read_text().splitlines()]
-    scores = grader.grade([box(row["answer"]) for row in rows], [row["reference"] for row in rows])
+    scores = patient.grade([box(row["answer"]) for row in rows], [row["reference"] for row in rows])
     assert [row for row, score in zip(rows, scores, strict=True) if score != row["right"]] == []
 
 
@@ -239,7 +246,7 @@ whole = st.integers(-(10**30), 10**30)
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(whole, st.integers(2, 10**12))
-def test_a_number_equals_its_other_forms_and_no_neighbour(grader, top, bottom):
+def test_a_number_equals_its_other_forms_and_no_neighbour(patient, top, bottom):
     reference = rf"\frac{{{top}}}{{{bottom}}}"
     equal = [
         rf"\left({top}\right) \div {bottom}", rf"\frac{{1}}{{{bottom}}} \cdot ({top})",
@@ -250,18 +257,18 @@ def test_a_number_equals_its_other_forms_and_no_neighbour(grader, top, bottom):
         rf"\frac{{{top + 1}}}{{{bottom}}}", rf"\frac{{{top}}}{{{bottom}}} + 10^{{-40}}",
         rf"\frac{{{10**9 * top + 1}}}{{{10**9 * bottom}}}",
     ]  # fmt: skip
-    scores = grader.grade([box(text) for text in equal + near], [reference] * len(equal + near))
+    scores = patient.grade([box(text) for text in equal + near], [reference] * len(equal + near))
     assert scores == [1.0] * len(equal) + [0.0] * len(near)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(["x", "a_1", "h", "E_0", r"\gamma", "d", r"\pi", "3", r"\sqrt{2}"]), min_size=2, max_size=5))
-def test_factors_commute_and_none_may_be_dropped(grader, factors):
+def test_factors_commute_and_none_may_be_dropped(patient, factors):
     def product(xs):
         return r" \cdot ".join(xs)
 
     texts = [product(factors[::-1]), product(factors[:-1]), product([*factors, "t"]), rf"{product(factors)} + 10^{{-25}}"]
-    assert grader.grade([box(text) for text in texts], [product(factors)] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert patient.grade([box(text) for text in texts], [product(factors)] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -305,12 +312,12 @@ def test_files_beside_the_worker_do_not_shadow_libraries(tmp_path):
         assert grader.grade([box(r"\frac12")], ["0.5"]) == [1.0]
 
 
-def test_references_that_nothing_can_match_are_found(grader):
+def test_references_that_nothing_can_match_are_found(patient):
     gradable = ["17", "1e-05", r"\frac{x}{2}", "A", r"\text{Evelyn}", "x=1, x=2", r"(0,1]\cup\{3\}", "E_1+E_2", "10 weeks"]
     not_gradable = ["", "(a) 3 (b) 4", "1) x=2; 2) y=3", "x^2+", r"\frac{1}{", "the sum of all the primes", "(" * 2000,
                     r"\text{It is increasing on the whole line}", r"AB \parallel CD"]  # fmt: skip
-    assert grader.gradable(gradable + not_gradable) == [True] * len(gradable) + [False] * len(not_gradable)
-    assert grader.gradable([]) == [] and Grader(kind="boxed").gradable(["any text"]) == [True]
+    assert patient.gradable(gradable + not_gradable) == [True] * len(gradable) + [False] * len(not_gradable)
+    assert patient.gradable([]) == [] and Grader(kind="boxed").gradable(["any text"]) == [True]
 
 
 def test_a_fault_in_a_repair_is_counted_and_ends_nothing(grader, monkeypatch):
@@ -630,15 +637,15 @@ def test_references_match_themselves_also_without_the_short_cut(grader, names):
 
 
 @needs_data
-def test_references_match_light_rewrites_of_themselves_and_are_gradable(grader):
+def test_references_match_light_rewrites_of_themselves_and_are_gradable(patient):
     answers = sorted(set(references("math500", "aime24", "aime25")))
     for rewrite in (
         lambda a: rf"\displaystyle {a}", lambda a: a.replace(r"\left", "").replace(r"\right", ""),
         lambda a: f"$ {a} $", lambda a: a.replace(r"\frac", r"\dfrac "), lambda a: re.sub(r"([-+=])", r" \1 ", a),
     ):  # fmt: skip
-        scores = grader.grade([box(rewrite(a)) for a in answers], answers)
+        scores = patient.grade([box(rewrite(a)) for a in answers], answers)
         assert [a for a, score in zip(answers, scores, strict=True) if not score] == []
-    assert [a for a, possible in zip(answers, grader.gradable(answers), strict=True) if not possible] == []
+    assert [a for a, possible in zip(answers, patient.gradable(answers), strict=True) if not possible] == []
 
 
 @needs_data
