@@ -869,8 +869,9 @@ for _script, _name, _values in [
     ("grpo", "top_p", (0.5,)), ("grpo", "max_prompt_tokens", (0, 1)), ("grpo", "eval_every", (1,)),
     ("grpo", "keep_last", (0,)), ("grpo", "epochs", (0,)), ("grpo", "micro_batch_tokens", (0,)),
     ("grpo", "stop_truncated_frac", (2,)), ("opd", "prompts_per_step", (0,)), ("opd", "learning_rate", (-1,)),
-    ("opd", "jsd_beta", (1.5, "nan")), ("fkl_warmup", "rollouts_per_step", (0,)), ("fkl_warmup", "rollouts_per_prompt", (0,)),
-    ("grpo", "max_flops", (-1,)), ("grpo", "learning_rate_warmup_steps", (-1,)), ("grpo", "kl_coef", (-1,)),
+    ("opd", "jsd_beta", (1.5, "nan")), ("fkl_warmup", "rollouts_per_prompt", (0,)),
+    ("fkl_warmup", "rollouts_per_step", (0,)), ("grpo", "max_flops", (-1,)), ("grpo", "kl_coef", (-1,)),
+    ("grpo", "learning_rate_warmup_steps", (-1,)),
 ]:  # fmt: skip
     for _value in _values:
         flag_case(_script, "REFUSED", "--" + _name.replace("_", "-"), **{_name: _value})
