@@ -176,7 +176,8 @@ class VLLMSampler(Sampler):
         """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together. finished([place of a
         prompt], its responses) is called for each as it ends."""
         requests = self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        places, outputs = {request: place for place, request in enumerate(requests)}, [None] * len(prompts)
+        places = {request.partition("-")[0]: place for place, request in enumerate(requests)}  # vLLM adds a random part
+        outputs = [None] * len(prompts)
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
                 if output.finished:
