@@ -314,8 +314,8 @@ def vllm_shortage(args, work: Workload, hw: Hardware, phases) -> str | None:
         return None
     return (
         f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB of "
-        f"weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one prompt and answer "
-        f"({length}); raise it, or --vllm-tp"
+        f"weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one prompt and "
+        f"answer ({length}); raise it, or --vllm-tp"
     )
 
 
