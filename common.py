@@ -157,9 +157,11 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` things, `per_step` of them a step as `flag` says; the last step wraps around. Raises
-    UsageError if a step would need more than there are."""
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} there are; use at most that")
+    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
+    Raises UsageError if a step would need more than there are."""
+    rollouts = flag == "--rollouts-per-step"
+    have, more = ("rollouts", ", or raise --rollouts-per-prompt") if rollouts else ("problems of --train-data", "")
+    require(per_step <= count, f"{flag} {per_step} is more than the {count} {have}; use at most that{more}")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dataset  # noqa: E402
-from grader import Grader, normalize, same_at_sight  # noqa: E402
+from infra import dataset  # noqa: E402
+from infra.grader import Grader, normalize, same_at_sight  # noqa: E402
 
 PROBLEMS, RESPONSES = 512, 8
 

@@ -28,10 +28,10 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import run_folder  # noqa: E402
+from infra import run_folder  # noqa: E402
 
 # isort: split
-# behind run_folder, which imports common: transformers has another meaning for the name `kernels`
+# behind infra: transformers has another meaning for the name `kernels`
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 REMOVED = range(4, 14)  # of the runs of ten layers, the one whose loss changes the teacher's distribution least (KL 2.2)

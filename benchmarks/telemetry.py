@@ -29,8 +29,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import samples_page  # noqa: E402
-import telemetry  # noqa: E402
+from infra import samples_page, telemetry  # noqa: E402
 
 WARMUP = 4  # steps
 PROBE, FORWARD = "canary: probe", "canary: forward"
@@ -71,7 +70,7 @@ def main(script: str, words: list[str]) -> None:
         timed(samples_page.Samples, name)
     if args.sampler == "vllm":
         time_probe(state)
-        timed(sys.modules["sampler_vllm"].VLLMSampler, "canary", FORWARD)
+        timed(sys.modules["infra.sampler_vllm"].VLLMSampler, "canary", FORWARD)
 
     if_truncated = module.run_folder.StopRules.if_truncated  # the last thing a step does
 
@@ -107,7 +106,7 @@ def main(script: str, words: list[str]) -> None:
 
 def time_probe(state) -> None:
     """In steps of kind "without" no rollout has the canary's probe; in those of kind "probe" it is timed."""
-    from sampler_vllm import VLLMSampler
+    from infra.sampler_vllm import VLLMSampler
 
     sample, generate = VLLMSampler._sample, VLLMSampler._generate
 

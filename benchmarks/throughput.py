@@ -48,10 +48,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import dataset  # noqa: E402
-import run_folder  # noqa: E402
-from common import require  # noqa: E402
+from infra import cli, dataset, run_folder  # noqa: E402
+from infra.cli import require  # noqa: E402
 
 
 @dataclass
@@ -403,4 +401,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, Args)
+    cli.run(main, Args)

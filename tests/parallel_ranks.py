@@ -3,7 +3,6 @@ because most of a launch is imports. Its argument is a JSON list of [script, arg
 that run there as a crash behind its checkpoint would, `fail_on` makes a rank raise an error at the first step, `nodes` lets
 the ranks believe that they run on so many machines."""
 
-import importlib
 import json
 import os
 import sys
@@ -13,18 +12,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
-from conftest import FakeGrader  # noqa: E402
+from conftest import SCRIPTS, FakeGrader  # noqa: E402
 
-import common  # noqa: E402
-import parallel  # noqa: E402
-import run_folder  # noqa: E402
+from infra import cli, parallel, run_folder  # noqa: E402
 
 write_checkpoint = run_folder.Run.checkpoint
 torch.set_num_threads(1)
-common.Grader = FakeGrader  # every second response of a group is right, which random models cannot arrange by themselves
+for module in SCRIPTS.values():  # every second response of a group is right, which random models cannot arrange
+    module.Grader = FakeGrader
 parallel.setup()
 for script, args in json.loads(sys.argv[1]):
-    module = importlib.import_module(script)
+    module = SCRIPTS[script]
     sys.argv[0] = str(ROOT / f"{script}.py")
     os.environ["LOCAL_WORLD_SIZE"] = str(parallel.world_size() // args.pop("nodes", 1))
     stop_at, fail_on = args.pop("stop_at", None), args.pop("fail_on", None)
@@ -43,7 +41,7 @@ for script, args in json.loads(sys.argv[1]):
         else:
             sys.argv[1:] = ["--model", args["model"], "--train-data", args["train_data"], "--out", args["out"],
                             "--prompts-per-step", "4", "--minibatch-prompts", "4", "--max-response-tokens", "8"]  # fmt: skip
-            common.run(module.main, module.Args)
+            cli.run(module.main, module.Args)
     except KeyboardInterrupt:
         pass
     parallel.barrier()

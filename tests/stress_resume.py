@@ -20,8 +20,8 @@ import torch  # noqa: E402
 from conftest import ROOT, random_model, write_jsonl  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import checkpoint  # noqa: E402
 import toy  # noqa: E402
+from infra import checkpoint  # noqa: E402
 
 STEPS = 40
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -13,6 +13,7 @@ from conftest import ROOT, random_model, write_jsonl
 
 import common
 import toy
+from infra import cli
 
 TRAINERS = ("grpo", "fkl_warmup", "opd")
 
@@ -29,6 +30,7 @@ def typed(checkpoints, data, tmp_path):
             "fkl_warmup": {"rollouts_per_step": 4},
             "opd": {"prompts_per_step": 4},
             "eval_math": {"samples": 1},
+            "variants/opd_sampled": {"prompts_per_step": 4},
         }[script]
         rest = {"benchmarks": data} if script == "eval_math" else {"train_data": data, "max_steps": 1}
         named = models | sizes | rest | {"out": tmp_path / "out", "max_response_tokens": 4, "instruction": ""} | changes
@@ -321,7 +323,7 @@ def test_a_sampler_that_cannot_work(cli, typed, monkeypatch, script):
         assert_refused(cli(script, *typed(script, vllm_tp=2, **vllm)), "--vllm-tp 2", "here 3")
 
 
-@pytest.mark.parametrize("script", ["grpo", "opd"])
+@pytest.mark.parametrize("script", ["grpo", "variants/opd_sampled"])
 @pytest.mark.parametrize("cap", [0.5, -1])
 def test_an_impossible_importance_cap(cli, typed, script, cap):
     assert_refused(cli(script, *typed(script, tis_cap=cap)), "--tis-cap")
@@ -341,5 +343,5 @@ def test_only_usage_errors_are_one_line(monkeypatch):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        common.run(main, args_class)
+        cli.run(main, args_class)
     assert torch.is_grad_enabled()

@@ -3,7 +3,7 @@
 import re
 
 from benchmarks import real_model
-from dataset import load_problems
+from infra.dataset import load_problems
 
 
 def test_the_real_model_s_problems_are_right_and_in_one_split_each(tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import common
-import dataset
-import run_folder
 import toy
-from common import UsageError, micro_batches
-from dataset import Problem, load_problems, load_rows, render_prompt, render_prompts
+from infra import batches, dataset, models, run_folder
+from infra.batches import micro_batches
+from infra.cli import UsageError
+from infra.dataset import Problem, load_problems, load_rows, render_prompt, render_prompts
 
 GSM8K = {"question": "How many?", "answer": "Half of 2,000 is <<2000/2=1000>>1000.\n#### 1,000"}
 
@@ -166,13 +167,14 @@ def test_long_prompts_are_dropped_for_both_and_counted(capsys):
     short, long = toy.make_tokenizer(), toy.make_tokenizer()
     long.chat_template = "<|system|>777" + toy.CHAT_TEMPLATE
     problems = [Problem(text, (), None) for text in ("1?", "1+2?", "1+2*3?")]  # 4, 6 and 8 tokens; 4 more in the second
-    kept, [a, b] = render_prompts([short, long], problems, "", [False, False], 10, "--train-data")
+    args = common.RolloutArgs(instruction="", max_prompt_tokens=10)
+    kept, [a, b] = render_prompts(args, problems, [short, long], [False, False])
     assert kept == problems[:2] and [len(p) for p in a] == [4, 6] and [len(p) for p in b] == [8, 10]
     assert "--train-data: 1 of 3 problems dropped, longer than --max-prompt-tokens 10" in capsys.readouterr().out
     with pytest.raises(
         UsageError, match=r"--train-data: all 3 prompts are longer than --max-prompt-tokens 7 \(shortest 8\)"
     ):
-        render_prompts([short, long], problems, "", [False, False], 7, "--train-data")
+        render_prompts(replace(args, max_prompt_tokens=7), problems, [short, long], [False, False])
 
 
 # ------------------------------------------------------------------------------------------------------- micro-batches
@@ -197,7 +199,7 @@ def test_response_hidden_predicts_the_response_tokens(arch, tied):
     model = random_model(arch, tied).double()
     prompts, responses = [[22, 1, 23], [22, 1, 10, 2, 16, 23]], [[3, 4, 20], [5]]
     with torch.no_grad():
-        hidden, _, ids = common.response_hidden(model, prompts, responses)
+        hidden, _, ids = batches.response_hidden(model, prompts, responses)
         logits = hidden @ model.get_output_embeddings().weight.T
         for row, (start, end) in enumerate([(0, 3), (3, 4)]):
             alone = model(input_ids=torch.tensor([prompts[row] + responses[row]])).logits[0, len(prompts[row]) - 1 : -1]
@@ -251,7 +253,7 @@ def test_an_interrupted_run_is_not_finished_and_is_done_again(run_script, checkp
     args = {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "prompts_per_step": 4,
             "max_response_tokens": 4, "max_steps": 2, "out": tmp_path / "run"}  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_folder, "save_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_script("opd", **args)
     assert run_folder.finished(tmp_path / "run") is None
@@ -267,7 +269,7 @@ def test_a_saved_checkpoint_loads_with_equal_weights(tmp_path, arch, tied, dtype
     with torch.no_grad():
         for p in model.parameters():  # so that a stale copy of any of them would be seen
             p.add_(torch.randn_like(p))
-    common.save_model(model, toy.make_tokenizer(), tmp_path, dtype)
+    models.save_model(model, toy.make_tokenizer(), tmp_path, dtype)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     state = loaded.state_dict()
@@ -282,14 +284,14 @@ def test_a_saved_checkpoint_loads_with_equal_weights(tmp_path, arch, tied, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_config_names_the_dtype_of_the_weights(tmp_path, dtype):
     """Transformers and vLLM load a checkpoint in its config's dtype unless told otherwise."""
-    common.save_model(random_model(), toy.make_tokenizer(), tmp_path, dtype)
+    models.save_model(random_model(), toy.make_tokenizer(), tmp_path, dtype)
     assert {p.dtype for p in load(tmp_path, "auto").parameters()} == {dtype}
 
 
 def test_saving_keeps_the_model_trainable(tmp_path):
     model = random_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    common.save_model(model, toy.make_tokenizer(), tmp_path, torch.bfloat16)
+    models.save_model(model, toy.make_tokenizer(), tmp_path, torch.bfloat16)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

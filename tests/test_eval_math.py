@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from conftest import read_jsonl, write_jsonl
 
-import dataset
 import eval_math
 import toy
-from common import UsageError, bootstrap_ci95
 from eval_math import pass_at_k
+from infra import dataset
+from infra.bootstrap import bootstrap_ci95
+from infra.cli import UsageError
 
 RIGHT = {"p0": 4, "p1": 2, "p2": 0, "p3": 1, "p4": 4, "p5": 3}  # right answers of 4 samples
 

@@ -12,8 +12,8 @@ from conftest import ROOT, random_model
 from huggingface_hub import constants
 from test_bad_input import assert_refused, command
 
-import common
 import toy
+from infra import cli, hub, models
 
 CODE = """
 import pathlib
@@ -60,7 +60,7 @@ def test_a_checkpoint_with_code_of_its_own_is_refused_and_not_run(
 
 
 def test_a_known_architecture_is_loaded_by_transformers_own_code(tmp_path, own_code):
-    model = common.load_model(str(own_code("qwen3")), "--model", torch.device("cpu"), torch.float32, trainable=False)
+    model = models.load_model(str(own_code("qwen3")), "--model", torch.device("cpu"), torch.float32, trainable=False)
     assert type(model).__module__.startswith("transformers.") and not (tmp_path / "it_ran").exists()
 
 
@@ -69,8 +69,8 @@ def test_pickled_weights_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(common.UsageError, match="--model .*cannot load it"):
-        common.load_model(str(tmp_path), "--model", torch.device("cpu"), torch.float32, trainable=False)
+    with pytest.raises(cli.UsageError, match="--model .*cannot load it"):
+        models.load_model(str(tmp_path), "--model", torch.device("cpu"), torch.float32, trainable=False)
 
 
 def test_no_source_unpickles():
@@ -98,12 +98,12 @@ def caused_by(error, cause):
 @pytest.fixture
 def flaky(monkeypatch):
     """`flaky(*errors)`: a loader that raises these, one a call, and then returns "loaded"; and the waits it led to."""
-    monkeypatch.setattr(common, "go_offline_without_network", lambda: None)
+    monkeypatch.setattr(hub, "go_offline_without_network", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # another test may have found no network
 
     def make(*errors):
         waits, errors = [], list(errors)
-        monkeypatch.setattr(common.time, "sleep", waits.append)
+        monkeypatch.setattr(hub.time, "sleep", waits.append)
 
         def load():
             if errors:
@@ -122,15 +122,15 @@ PASSING = [Busy(503), Busy(429), ConnectionResetError("reset"), TimeoutError(), 
 @pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_a_failure_that_may_pass_is_tried_again(flaky, error, capsys):
     load, waits = flaky(error, error)
-    assert common.from_hub(load, "some/model") == "loaded" and waits == list(common.RETRY_WAITS)
+    assert hub.from_hub(load, "some/model") == "loaded" and waits == list(hub.RETRY_WAITS)
     assert capsys.readouterr().err.count("some/model: ") == 2
 
 
 def test_but_not_for_ever(flaky):
     load, waits = flaky(*[Busy(503)] * 9)
     with pytest.raises(Busy):
-        common.from_hub(load, "some/model")
-    assert len(waits) == len(common.RETRY_WAITS)
+        hub.from_hub(load, "some/model")
+    assert len(waits) == len(hub.RETRY_WAITS)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_but_not_for_ever(flaky):
 def test_a_wrong_name_or_a_missing_permission_is_not_tried_again(flaky, error):
     load, waits = flaky(error)
     with pytest.raises(type(error)):
-        common.from_hub(load, "some/model")
+        hub.from_hub(load, "some/model")
     assert waits == []
 
 
 def test_a_local_folder_is_read_once(flaky, tmp_path):
     load, waits = flaky(ConnectionResetError())
     with pytest.raises(ConnectionResetError):
-        common.from_hub(load, str(tmp_path))
+        hub.from_hub(load, str(tmp_path))
     assert waits == []
 
 
@@ -180,4 +180,4 @@ def test_a_busy_hub_ends_in_one_line(checkpoints, data, tmp_path):
     code, _, err = result
     assert code == 2 and "Traceback" not in err, err
     assert err.rstrip().splitlines()[-1].startswith("error: --teacher nobody/nothing: cannot load it"), err
-    assert err.count("trying again in") == len(common.RETRY_WAITS) and len(server.requests) > 3
+    assert err.count("trying again in") == len(hub.RETRY_WAITS) and len(server.requests) > 3

@@ -15,8 +15,8 @@ from conftest import ROOT, FakeGrader, read_jsonl
 from safetensors.torch import load_file
 
 import opd
-import run_folder
-from common import UsageError
+from infra import run_folder
+from infra.cli import UsageError
 
 SMALL = {"instruction": "", "max_response_tokens": 12, "micro_batch_tokens": 60, "max_steps": 5, "learning_rate": 1e-3}
 TIMES = ("time/", "charts/tokens_per_sec")
@@ -43,7 +43,7 @@ def jobs(checkpoints, data, out):
         ["grpo", SMALL | grpo | {"train_data": data, "out": f"{out}/grpo", "eval_data": data, "eval_every": 5}],
         ["fkl_warmup", SMALL | distil | {"train_data": data, "out": f"{out}/fkl_warmup", "rollouts_per_step": 5}],
         ["opd", SMALL | distil | {"train_data": data, "out": f"{out}/opd", "prompts_per_step": 7}],
-        ["opd", SMALL | distil | {"train_data": data, "out": f"{out}/sampled", "prompts_per_step": 1, "loss": "sampled"}],
+        ["variants/opd_sampled", SMALL | distil | {"train_data": data, "out": f"{out}/sampled", "prompts_per_step": 1}],
     ]
 
 
@@ -189,7 +189,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, checkpoints):
     script = f"""
 import resource, sys
 from pathlib import Path
-import torch, checkpoint, common, dataset, opd, run_folder
+import torch, opd
+from infra import checkpoint, cli, dataset, run_folder
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({checkpoints.student!r})
 optimizer = torch.optim.AdamW(model.parameters())
@@ -201,7 +202,7 @@ hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
 try:
     run.checkpoint(2, model, optimizer, stream)
-except common.RunStopped as error:
+except cli.RunStopped as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 print(checkpoint.restore(checkpoint.latest({str(tmp_path)!r}), model, optimizer)["step"])

@@ -12,8 +12,8 @@ from conftest import ROOT, SCRIPTS, planned_and_used, random_model
 from transformers import LlamaConfig, Qwen3Config
 
 import opd
-import plan
-from common import UsageError
+from infra import plan
+from infra.cli import UsageError
 
 
 def qwen3(hidden, layers, heads, intermediate, tied):

@@ -7,12 +7,10 @@ from conftest import load, random_model, write_jsonl
 from test_bad_input import assert_refused
 from transformers import GenerationConfig
 
-import common
-import dataset
 import fkl_warmup
 import opd
-import preflight
 import toy
+from infra import cli, dataset, models, preflight
 
 THINKING_TEMPLATE = toy.CHAT_TEMPLATE.replace(
     "{{ '<|assistant|>' }}", "{{ '<|assistant|>' }}{% if enable_thinking %}{{ '<think>' }}{% endif %}"
@@ -146,7 +144,7 @@ STEP = {"opd": ("--prompts-per-step", "4"), "fkl_warmup": ("--rollouts-per-step"
 @pytest.mark.parametrize("mismatch", MISMATCHES, ids=lambda f: f.__name__)
 def test_a_mismatch_is_refused_by_name_before_any_weights_are_read(cli, typed, tmp_path, monkeypatch, mismatch):
     name, message = MISMATCHES[mismatch]
-    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     result = cli("opd", *typed("--preflight-only", *STEP["opd"], student=mismatch(tmp_path / "student")))
     assert_refused(result, message, *([f"error: preflight, {name}: "] if name else []))
     assert not (tmp_path / "out").exists()
@@ -310,7 +308,7 @@ def test_a_student_that_should_be_its_teacher_and_is_not(cli, typed, monkeypatch
     """Something between the folder and the loss changed its weights: a dtype, an adapter, a broken load."""
     import torch
 
-    load_model = common.load_model
+    load_model = models.load_model
 
     def broken_load(*a, trainable, **kw):
         model = load_model(*a, trainable=trainable, **kw)
@@ -319,7 +317,7 @@ def test_a_student_that_should_be_its_teacher_and_is_not(cli, typed, monkeypatch
                 model.get_input_embeddings().weight.mul_(1.1)
         return model
 
-    monkeypatch.setattr(common, "load_model", broken_load)
+    monkeypatch.setattr(models, "load_model", broken_load)
     result = cli("opd", *typed(*STEP["opd"], teacher=checkpoints.student))
     assert_refused(result, "preflight, self_kl: --teacher is --student, yet they differ by")
 
@@ -365,9 +363,9 @@ def test_problem_texts_are_probed_too(tmp_path, checkpoints):
 
     student = checkpoint(tmp_path / "student", edited_tokenizer(tmp_path / "student", edit))
     args = opd.Args(teacher=checkpoints.wide, student=str(student))
-    tokenizers = common.load_tokenizer(args.teacher, "--teacher"), common.load_tokenizer(args.student, "--student")
+    tokenizers = models.load_tokenizer(args.teacher, "--teacher"), models.load_tokenizer(args.student, "--student")
     problem = dataset.load_problems(write_jsonl(tmp_path / "d.jsonl", [{"problem": "9*9?"}]), "--train-data", False)
     preflight.check_tokenizers(args, *tokenizers, dataset.load_problems(
         write_jsonl(tmp_path / "e.jsonl", [{"problem": "1+1?"}]), "--train-data", False))  # fmt: skip
-    with pytest.raises(common.UsageError, match="probe_text: .*9\\*9"):
+    with pytest.raises(cli.UsageError, match="probe_text: .*9\\*9"):
         preflight.check_tokenizers(args, *tokenizers, problem)

@@ -13,8 +13,7 @@ import tyro
 from conftest import ROOT, SCRIPTS
 from test_plan import CONFIGS
 
-import dataset
-import plan
+from infra import dataset, plan
 
 RECIPES = sorted(path.stem for path in ROOT.glob("recipes/*.sh"))
 ARMS = {"direct_grpo", "raw_teacher", "bridge", "no_warmup", "no_opd", "bridge_grpo"}

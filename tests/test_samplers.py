@@ -6,10 +6,9 @@ from conftest import next_token_logits, random_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-import common
-import samplers
 import toy
-from samplers import GrowingLayer, HFSampler
+from infra import batches, sampler_hf
+from infra.sampler_hf import GrowingLayer, HFSampler
 
 EOS = toy.ID["<|im_end|>"]
 PROMPTS = [[22, 1, 10, 2, 16, 23], [22, 7, 16, 23], [22, 3, 12, 4, 11, 5, 10, 9, 12, 2, 16, 23], [22, 0, 16, 23],
@@ -58,13 +57,13 @@ def test_queries_that_share_a_key_value_head_attend_without_copies_of_it(monkeyp
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     model = random_model(arch, **heads).double()
     sampler = HFSampler(model, toy.make_tokenizer(), torch.float64, max_response_tokens=24)
-    attend, seen = samplers.scaled_dot_product_attention, []
+    attend, seen = sampler_hf.scaled_dot_product_attention, []
 
     def recording(query, key, value, **kwargs):
         seen.append((query.shape[1:3], key.shape[1]))
         return attend(query, key, value, **kwargs)
 
-    monkeypatch.setattr(samplers, "scaled_dot_product_attention", recording)
+    monkeypatch.setattr(sampler_hf, "scaled_dot_product_attention", recording)
     for prompts in (PROMPTS, PROMPTS[1:2]):
         assert_logprobs(model, prompts, sampler.sample(prompts, 4), 4, tolerance=1e-6)
     assert set(seen) == {((2, 2), 2)}
@@ -76,7 +75,7 @@ def test_sampler_logprobs_equal_the_trainers(temperature):
     responses = sampler.sample(PROMPTS, 2)
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
     with torch.no_grad():
-        hidden, _, ids = common.response_hidden(model, prompts, [r.ids for r in responses])
+        hidden, _, ids = batches.response_hidden(model, prompts, [r.ids for r in responses])
     logits = hidden @ model.get_output_embeddings().weight.T / temperature
     logprobs = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0]
     assert ids.tolist() == [i for r in responses for i in r.ids]

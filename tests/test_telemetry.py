@@ -11,14 +11,12 @@ import pytest
 import torch
 from conftest import load, next_token_logits, read_jsonl, write_jsonl
 
-import run_folder
-import samples_page
-import telemetry
 import toy
-from common import RunStopped
-from dataset import Problem
+from infra import run_folder, samples_page, telemetry
+from infra.cli import RunStopped
+from infra.dataset import Problem
+from infra.samples_page import Samples, page, token_texts
 from kernels import TeacherHead, TeacherLogits
-from samples_page import Samples, page, token_texts
 
 SIZES = {"grpo": {"prompts_per_step": 4, "minibatch_prompts": 2, "group_size": 4}, "opd": {"prompts_per_step": 6},
          "fkl_warmup": {"rollouts_per_step": 6}}  # fmt: skip

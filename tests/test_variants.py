@@ -3,6 +3,7 @@ micro-batch split and of the ranks, what it counts and logs, and what a user may
 
 import json
 
+import dataset
 import pytest
 import torch
 from conftest import FakeGrader, load, write_jsonl
@@ -21,7 +22,6 @@ from test_scripts import (
     token_loss,
 )
 
-import dataset
 import toy
 
 

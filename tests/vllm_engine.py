@@ -14,11 +14,10 @@ from conftest import random_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import common  # noqa: F401
-import sampler_vllm
 import toy
-from sampler_vllm import CanaryError, VLLMSampler
-from samplers import HFSampler
+from infra import sampler_vllm
+from infra.sampler_hf import HFSampler
+from infra.sampler_vllm import CanaryError, VLLMSampler
 
 sampler_vllm.CPU_CACHE_BYTES = 64 << 20
 MODELS = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False)]
