@@ -181,7 +181,7 @@ def main(args: Args) -> None:
         )
         toy_settings(args)
         world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
-        stages.execute(out / "world", "toy.json", lambda: world, [], 1, None)
+        stages.execute(out / "world", "toy.json", lambda: world, 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
     else:
         require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
@@ -211,9 +211,8 @@ def main(args: Args) -> None:
         for seed in seeds:
             folder, here = at(stage, seed), partial(at, seed=seed)
             command = partial(command_of, stage, args, data, here, seed)
-            inputs = [here(one) for one in before(stage)]
             log = folder.with_suffix(".log") if jobs > 1 else None
-            run = partial(stages.execute, folder, "run.json", command, inputs, args.nproc, log)
+            run = partial(stages.execute, folder, "run.json", command, args.nproc, log)
             tasks[stage, seed] = [(one, seed) for one in before(stage)], run
     for stage in ["base", "teacher_base", *wanted]:
         for seed in seeds:
@@ -223,7 +222,7 @@ def main(args: Args) -> None:
             command += f"--out {q(str(folder))} --seed {seed} {args.eval_flags}"
             log = at(f"eval_{stage}.log", seed) if jobs > 1 else None
             done = f"{names[-1]}/summary.json"
-            run = partial(stages.execute, folder, done, lambda c=command: c, [Path(model)], args.nproc, log)
+            run = partial(stages.execute, folder, done, lambda c=command: c, args.nproc, log)
             tasks["eval", stage, seed] = [(stage, seed)] if stage in wanted else [], run
     stages.run_all(tasks, jobs)
     report.write(out, names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)

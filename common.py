@@ -157,7 +157,7 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last step wraps around.
+    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last one wraps around.
     Raises UsageError if a step would need more than there are."""
     rollouts = flag == "--rollouts-per-step"
     have, more = ("rollouts", ", or raise --rollouts-per-prompt") if rollouts else ("problems of --train-data", "")

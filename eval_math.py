@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 import common
-from infra import cli, dataset, models, parallel, run_folder
+from infra import cli, dataset, models, parallel, preflight, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.grader import Grader
@@ -137,10 +137,13 @@ def main(args: Args) -> None:
         )[: args.limit]
     out = run_folder.make_out(args.out or Path("results") / Path(args.model).name)
     tokenizer = models.load_tokenizer(args.model, "--model")
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     device, dtype = models.device_and_dtype(args.dtype)
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
         model = models.load_model(args.model, "--model", device, dtype, trainable=False)
+    else:
+        models.check_checkpoint(args.model, "--model", dtype)
     rendered = {
         name: [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
         for name, problems in benchmarks.items()

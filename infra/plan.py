@@ -44,7 +44,7 @@ class Sizes:
             config = from_hub(lambda: AutoConfig.from_pretrained(path), path)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of whatever kind: what a config that makes no sense makes a library raise
             raise explain_missing(flag, path, error) from None
         params = sum(p.numel() for p in model.parameters())
         layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]

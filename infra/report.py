@@ -19,6 +19,7 @@ import numpy as np
 from infra import cli, dataset
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
+from infra.files import write_aside
 
 COMPARISONS = {  # name: is the second better than the first?
     "raw_teacher < direct_grpo": "a teacher without RL is worth less than RL on the student",
@@ -107,7 +108,7 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
     for benchmark in benchmarks[1:]:
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
-    (out / "report.json").write_text(json.dumps(record, indent=2))
+    write_aside(out / "report.json", json.dumps(record, indent=2))
     text = markdown(record)
     (out / "report.md").write_text(
         f"# Accuracy on {benchmarks[0]}\n\n{text}\n\n![accuracy and learning curves](report.png)\n"
@@ -205,7 +206,7 @@ def main(args: Args) -> None:
         )
         readme.write_text(before + begin + markdown(record) + rest[rest.index(end) :])
         shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
-        (results / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_aside(results / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
         print(f"README.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 

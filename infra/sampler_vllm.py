@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from infra import parallel  # noqa: E402
 from infra.cli import RunStopped  # noqa: E402
 from infra.models import autocast  # noqa: E402
-from infra.sampler import Response, Sampler, eos_token_ids, make_response  # noqa: E402
+from infra.sampler import Response, Sampler, eos_token_ids, make_response, vocabulary_size  # noqa: E402
 
 PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
 PROBE_ROOM = 176  # tokens that fit into the engine whatever the run's own lengths are; blocks have 16 on most GPUs
@@ -58,7 +58,7 @@ class VLLMSampler(Sampler):
         canary_tolerance=None,
     ):
         on_gpu, torchrun = torch.cuda.is_available(), "RANK" in os.environ
-        self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, len(tokenizer)
+        self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, vocabulary_size(tokenizer)
         self.ranks_per_engine = tp if torchrun else 1
         self.canary_tolerance = CANARY_TOLERANCE[dtype] if canary_tolerance is None else canary_tolerance
         self.model, self.canary_logprob_diff, self.syncs = None, 0.0, 0
@@ -76,6 +76,7 @@ class VLLMSampler(Sampler):
             enable_sleep_mode=sleep and on_gpu,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
+            hf_overrides={} if model is None else {"tie_word_embeddings": model.config.tie_word_embeddings},  # as loaded
         )
         self.params = SamplingParams(
             max_tokens=max_response_tokens,
@@ -88,7 +89,7 @@ class VLLMSampler(Sampler):
             ignore_eos=True,  # the ids above are all there are, as for the hf sampler
             detokenize=False,
         )
-        words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
         block = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.probe = np.random.default_rng(0).choice(words, block + 1).tolist()
         self.probe_params = SamplingParams(
