@@ -70,8 +70,8 @@ class Run:
             steps = record.get("steps", total_steps)
             require(
                 steps == total_steps,
-                f"--resume: {args.out} is finished, with {steps} steps, and now {total_steps} are asked for; the optimizer is "
-                f"gone, so start a new run from the weights, with another --out",
+                f"--resume: {args.out} is finished, with {steps} steps, and now {total_steps} are asked for; its optimizer "
+                f"is gone, so start a new run from the weights, with another --out",
             )
             print(f"{args.out}/ is finished")
             sys.exit(0)
@@ -282,8 +282,8 @@ def require_same_run(args, inputs: dict[str, str | None], record: dict) -> None:
     problems = record.get("inputs", {}).get("problems", inputs.get("problems"))
     require(
         problems == inputs.get("problems", problems),
-        f"--resume: --train-data {getattr(args, 'train_data', '')}: its problems, or what --max-prompt-tokens and columns leave "
-        f"of them, are others than when the run in {args.out} began; bring those back, or choose another --out",
+        f"--resume: --train-data {getattr(args, 'train_data', '')}: its problems, or what --max-prompt-tokens and columns "
+        f"leave of them, are others than when the run in {args.out} began; bring those back, or choose another --out",
     )
     if flags:
         print(f"--resume with changed flags: {'; '.join(flags.values())}")
