@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from infra import parallel
-from infra.files import read_record
+from infra.files import full_disk, read_record
 
 
 def folders(out: str | Path) -> list[Path]:
@@ -75,6 +75,7 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
         if parallel.rank() == 0:
             files = {path.name: path.stat().st_size for path in aside.iterdir()}
             (aside / "state.json").write_text(json.dumps(state | {"files": files}), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # one of this step that was not whole
             os.replace(aside, folder)
             for old in whole(out)[:-keep_last]:
                 shutil.rmtree(old)
@@ -115,4 +116,5 @@ def _cause(error: BaseException) -> str:
     """One line of what went wrong: dcp wraps each rank's exception in one of its own, torch.save hides the disk's."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return getattr(error, "strerror", None) or ([type(error).__name__] + str(error).strip().splitlines())[-1]
+    lines = [type(error).__name__, *str(error).strip().splitlines()]
+    return full_disk(error) or getattr(error, "strerror", None) or lines[-1]

@@ -110,6 +110,8 @@ def facts(flag: str, path: str, tokenizer, thinking: bool) -> SimpleNamespace:
         generation_config = from_hub(lambda: GenerationConfig.from_pretrained(path), path)
     except OSError:  # there is no generation_config.json: transformers takes the model's config
         generation_config = GenerationConfig.from_model_config(config)
+    except ValueError as error:
+        raise explain_missing(flag, path, error) from None
     stops = eos_token_ids(generation_config.eos_token_id, tokenizer)
 
     def render(thinking, *turns, **options):

@@ -183,8 +183,7 @@ def test_dropout_is_set_to_0_and_said(run_script, damaged, data, capsys, fake_gr
 
 @pytest.mark.parametrize("generation, kept", [
     ({"temperature": 0.6, "top_p": 0.95}, {"do_sample": True, "temperature": 0.6, "top_p": 0.95}),
-    ({"temperature": 0.6, "num_beams": 1, "num_return_sequences": 4}, {}),
-    ({"temperature": 0.0, "do_sample": True}, {}),
+    ({"temperature": 0.6, "early_stopping": True}, {}),
 ])  # fmt: skip
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_generation_config_that_could_not_be_saved_is_repaired_at_load(
@@ -197,28 +196,33 @@ def test_a_generation_config_that_could_not_be_saved_is_repaired_at_load(
     out = run_script(script, **flags).out
     saved = json.loads((out / "generation_config.json").read_text())
     assert saved["eos_token_id"] == toy.ID["<|im_end|>"] and kept.items() <= saved.items()
-    if generation != {"temperature": 0.6, "num_beams": 1, "num_return_sequences": 4}:
-        assert "generation_config.json cannot be saved as it is" in capsys.readouterr().out
+    assert "generation_config.json cannot be saved as it is" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("break_", [
-    lambda folder: (folder / "generation_config.json").write_text("{"),
-    lambda folder: (folder / "config.json").write_text("{"),
-    lambda folder: (folder / "config.json").write_text("[]"),
-    lambda folder: (folder / "tokenizer.json").write_text("{"),
-    lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}'),
-    lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
-    lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    lambda folder: edit(folder / "config.json", hidden_act="nothing"),
-    lambda folder: edit(folder / "config.json", num_attention_heads=0),
-    lambda folder: edit(folder / "config.json", hidden_size="32"),
-    lambda folder: edit(folder / "config.json", model_type="nothing"),
-    lambda folder: edit(folder / "config.json", vocab_size=-1),
-])  # fmt: skip
-@pytest.mark.parametrize("script", ["grpo", "opd", "eval_math"])
-def test_a_damaged_file_of_a_checkpoint_is_one_line(cli, typed, damaged, script, break_):  # noqa: F811
+BREAKS = {
+    "generation_config": lambda folder: (folder / "generation_config.json").write_text("{"),
+    "generation_values": lambda folder: edit(folder / "generation_config.json", num_return_sequences=4),
+    "config": lambda folder: (folder / "config.json").write_text("{"),
+    "config_list": lambda folder: (folder / "config.json").write_text("[]"),
+    "tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "tokenizer_model": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}'),
+    "zeros": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
+    "nothing": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "activation": lambda folder: edit(folder / "config.json", hidden_act="nothing"),
+    "no_heads": lambda folder: edit(folder / "config.json", num_attention_heads=0),
+    "text_for_a_number": lambda folder: edit(folder / "config.json", hidden_size="32"),
+    "architecture": lambda folder: edit(folder / "config.json", model_type="nothing"),
+    "negative": lambda folder: edit(folder / "config.json", vocab_size=-1),
+}
+BROKEN = [("grpo", how) for how in BREAKS]
+BROKEN += [("opd", "tokenizer_model"), ("opd", "activation"), ("opd", "generation_values"),
+           ("eval_math", "config_list"), ("eval_math", "zeros"), ("eval_math", "no_heads")]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, how", BROKEN)
+def test_a_damaged_file_of_a_checkpoint_is_one_line(cli, typed, damaged, script, how):  # noqa: F811
     folder = damaged()
-    break_(folder)
+    BREAKS[how](folder)
     flag = "student" if script == "opd" else "model"
     assert_refused(cli(script, *typed(script, **{flag: folder})), f"--{flag} {folder}: ")
 
@@ -267,7 +271,8 @@ def killed(run_script, checkpoints, data, tmp_path, monkeypatch, fake_grader):
             folders[name] = shutil.copytree(getattr(checkpoints, name), tmp_path / name, dirs_exist_ok=True)
         args = {"grpo": {"model": folders["student"], "prompts_per_step": 4, "minibatch_prompts": 4, "group_size": 2},
                 "fkl_warmup": {"teacher": folders["wide"], "student": folders["student"], "rollouts_per_step": 4},
-                "opd": {"teacher": folders["wide"], "student": folders["student"], "prompts_per_step": 4}}[script]  # fmt: skip
+                "opd": {"teacher": folders["wide"], "student": folders["student"], "prompts_per_step": 4}}  # fmt: skip
+        args = args[script]
         args |= {"train_data": data, "out": str(tmp_path / "out"), "max_response_tokens": 6, "max_steps": 4, "save_every": 1,
                  "keep_last": 2, "learning_rate": 1e-3}  # fmt: skip
         args = {name: str(value) if isinstance(value, Path) else value for name, value in (args | changes).items()}
@@ -390,11 +395,14 @@ def test_a_large_file_is_known_by_pieces_from_end_to_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag, key, value", [("learning_rate", "lr", 1e-9), ("weight_decay", "weight_decay", 0.0)])
 def test_a_flag_counts_over_the_checkpoint(killed, run_script, monkeypatch, script, flag, key, value):
     args, seen, step = killed(script), [], torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (seen.append(self.param_groups[0][key]), step(self, *a))[1]
-    )
+
+    def watched(optimizer, *rest, **kwargs):
+        seen.append(float(optimizer.param_groups[0][key]))
+        return step(optimizer, *rest, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     run_script(script, **args | {flag: value})
-    assert seen and set(seen) == {value}
+    assert len(seen) == 3 and set(seen[1:]) == {value}, "the first is torch's own, to have a state to restore into"
 
 
 def test_every_setting_of_the_optimizer_is_the_command_lines(tmp_path):
@@ -410,6 +418,7 @@ def test_every_setting_of_the_optimizer_is_the_command_lines(tmp_path):
         else:
             model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
             optimizer.step()
+            optimizer.zero_grad()
             checkpoint.save(tmp_path, model, optimizer, {"step": 1}, 1)
 
 
@@ -526,8 +535,8 @@ def assert_stopped(result, *patterns):
         assert pattern in err, err
 
 
-@pytest.mark.parametrize("script", TRAINERS)
-@pytest.mark.parametrize("room", [1, 40, 90, 200, 400, 600])
+@pytest.mark.parametrize("script, room", [("opd", 1), ("opd", 40), ("opd", 90), ("opd", 200), ("opd", 400), ("opd", 600),
+                                          ("grpo", 90), ("grpo", 500), ("fkl_warmup", 60), ("fkl_warmup", 300)])  # fmt: skip
 def test_a_disk_that_fills_up_is_one_line_whatever_is_being_written(cli, typed, tmp_path, script, room):  # noqa: F811
     """Room in KB above the weights: from the copy of the script to the checkpoints, samples and the final save."""
     with small_disk(tmp_path / "disk", (40 + room) * 1024) as disk:
@@ -536,7 +545,8 @@ def test_a_disk_that_fills_up_is_one_line_whatever_is_being_written(cli, typed, 
         if code == 2:
             assert "GB free" in err or "cannot write there" in err
         elif code:
-            assert_stopped((code, out, err), "GB free there")
+            assert code == 3 and err.count("error: ") == 1, (code, err)
+            assert "GB free there" in err and ("No space left" in err or "could not be written" in err), err
         assert "Traceback" not in err and "Exception ignored" not in err and not list(disk.glob("out/*.partial"))
 
 
@@ -548,7 +558,7 @@ def test_what_is_whole_is_named(cli, typed, tmp_path, monkeypatch, name):  # noq
     real = getattr(files, WRITES[name])
 
     def full(path, content):
-        if Path(path).name == name and list(tmp_path.glob("out/checkpoints/step_000002")):
+        if Path(path).name == name and list(tmp_path.glob("out/checkpoints/step_*[0-9]")):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, content)
 
@@ -706,9 +716,7 @@ def test_a_base_checkpoint_is_warned_of_by_scripts_of_one_model(cli, typed, dama
 def test_more_steps_of_a_finished_run_are_refused_with_a_way_out(run_script, killed, script):
     args = killed(script)
     assert run_script(script, **args).record["steps"] == 4
-    with pytest.raises(
-        UsageError, match="is finished, with 4 steps, and now 9 are asked for.*a new run from its? ?.*weights"
-    ):
+    with pytest.raises(UsageError, match="is finished, with 4 steps, and now 9 are asked for.*start a new run"):
         run_script(script, **args | {"max_steps": 9})
     with pytest.raises(SystemExit) as stopped:
         run_script(script, **args)
