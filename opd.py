@@ -21,6 +21,7 @@ from infra import batches, cli, dataset, models, parallel, plan, preflight, run_
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence
 
@@ -78,7 +79,7 @@ def main(args: Args) -> None:
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
-    problems, [prompts, teacher_prompts] = dataset.render_prompts(args, problems, both, thinking)
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 

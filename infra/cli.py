@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """The command line: from what was typed to a script's Args, and from an error to one line and an exit code."""
 
 import ast
@@ -37,6 +37,7 @@ def run(main, args_class) -> None:
 
 def _run(main, args_class) -> None:
     parallel.setup()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a problem's text may have what the locale has not, as stderr does
     quiet = contextlib.redirect_stderr(None) if parallel.rank() else contextlib.nullcontext()
     with quiet:  # what is wrong with the command line is wrong on every rank
         args = parse(args_class, sys.modules[main.__module__].__doc__)

@@ -3,10 +3,9 @@
 path or a file's time says nothing of the contents."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from infra import parallel
+from infra import dataset, parallel
 
 # flags that name an input, where a script has them
 INPUTS = ("model", "teacher", "student", "train_data", "eval_data", "label_split", "rollouts", "paced")
@@ -44,6 +43,5 @@ def digests(args, problems=None) -> dict[str, str | None]:
     specs = {name: getattr(args, name) for name in INPUTS if getattr(args, name, None)}
     found = parallel.on_rank_zero(lambda: {name: digest_of(spec) for name, spec in specs.items()})
     if problems is not None:
-        listed = json.dumps([(p.text, p.messages, p.answer) for p in problems])
-        found["problems"] = hashlib.sha256(listed.encode()).hexdigest()[:16]
+        found["problems"] = dataset.digest(problems)
     return found

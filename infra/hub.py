@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """What comes from the Hugging Face hub or its cache: tried again where a failure may pass, explained where it may not."""
 
 import functools

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """Models and tokenizers: where they compute, how they are loaded, clipped and saved."""
 
 import contextlib

@@ -86,14 +86,6 @@ def all_gather(mine) -> list:
     return parts
 
 
-def gather_interleaved(mine: list, size: int = 1, copies: int = 1) -> list:
-    """The list of which this rank, one of R, holds every R-th run of `size` items, whole, on every rank. Where `copies`
-    consecutive ranks hold the same runs, R counts them as one."""
-    parts = all_gather(mine)[::copies]
-    runs = max(len(part) for part in parts) // size
-    return [item for run in range(runs) for part in parts for item in part[run * size : (run + 1) * size]]
-
-
 def merge(mine: dict) -> dict:
     """The entries of every rank's dict, on every rank."""
     return {key: value for part in all_gather(mine) for key, value in part.items()}
@@ -108,8 +100,9 @@ def on_rank_zero(function, *args):
 
 
 def all_reduce(values: torch.Tensor, largest: bool = False) -> torch.Tensor:
-    """Sum, or maximum, of a CPU tensor over the ranks."""
+    """Sum, or maximum, of a CPU tensor over the ranks; the tensor itself stays as it is."""
     if world_size() > 1:
+        values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
 

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from infra import dataset, parallel
+from infra import parallel
 from infra.batches import response_hidden
 from infra.cli import UsageError
+from infra.dataset import Problem
 from infra.hub import explain_missing, from_hub
 from infra.models import autocast, device_and_dtype, try_save
+from infra.prompts import apply_template, render_prompt, render_text
 from infra.sampler import eos_token_ids
 from infra.sampler_hf import HFSampler
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -85,7 +87,7 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
     check_thinking(report, teacher, student)
 
     prompts = [
-        one.tokenizer.decode(dataset.render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking))
+        one.tokenizer.decode(render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking, one.flag))
         for one in (teacher, student)
     ]
     if prompts[0] == prompts[1]:
@@ -114,18 +116,16 @@ def facts(flag: str, path: str, tokenizer, thinking: bool) -> SimpleNamespace:
         raise explain_missing(flag, path, error) from None
     stops = eos_token_ids(generation_config.eos_token_id, tokenizer)
 
-    def render(thinking, *turns, **options):
-        messages = [{"role": role, "content": "12+34?"} for role in turns]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking, **options)
-        return text.rpartition("12+34?")[2]  # what the template puts behind the last message
-
+    probe = Problem("12+34?", (), None, "a short problem")
+    turns = [{"role": role, "content": probe.text} for role in ("user", "assistant")]
     try:
-        behind_answer = render(thinking, "user", "assistant")
+        behind_answer = apply_template(tokenizer, turns, enable_thinking=thinking).rpartition(probe.text)[2]
     except Exception:  # a template may refuse what it is never asked for in training
         behind_answer = ""
     turn_end = tokenizer(behind_answer.strip(), add_special_tokens=False)["input_ids"][:1]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    openings = {choice: render(choice, "user", add_generation_prompt=True) for choice in (False, True)}
+    prompts = {choice: render_text(tokenizer, probe, "", choice, flag) for choice in (False, True)}
+    openings = {choice: prompt.rpartition(probe.text)[2] for choice, prompt in prompts.items()}
     return SimpleNamespace(
         flag=flag,
         path=path,

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/run_folder.md
 """The run folder, its record of what a run was and cost, and the rules that stop a run."""
 
 import fcntl
@@ -98,9 +98,10 @@ class Run:
                 f"give it as --rollouts, or choose another folder",
             )
             require_same_run(args, inputs, before)
-        self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
-        split = args.label_split and load_problems(args.label_split, "--label-split", need_answers=True)
-        self.label_split = {p.text for p in split} if split else None
+        self.labels = set()  # keys of the problems whose reference answer was consulted for a reward
+        columns, self.label_split = (args.prompt_column, args.answer_column), None
+        if args.label_split:
+            self.label_split = {p.key for p in load_problems(args.label_split, "--label-split", True, *columns)}
         self.spent = Counter()  # optimizer updates, sampled tokens, FLOPs
         self.record = {
             "finished": False,
@@ -182,13 +183,13 @@ class Run:
     def consult(self, problems) -> None:
         """Enter problems into the ledger before their answers decide a reward. Raises RunStopped for one that is not in
         --label-split."""
-        texts = {problem.text for problem in problems}
-        outside = texts - self.label_split if self.label_split is not None else set()
+        keys = {problem.key for problem in problems}
+        outside = keys - self.label_split if self.label_split is not None else set()
         if outside:
             reason = f"a label outside --label-split {self.args.label_split}: {min(outside)[:80]!r}"
             self.note(stopped=reason)
             raise RunStopped(f"{self.out}: {reason}; nothing was learned from it. Take --train-data from that file")
-        self.labels |= texts
+        self.labels |= keys
 
     def spend(self, updates: int = 0, sampled_tokens: int = 0, flops: float = 0) -> None:
         """Count what training costs, for run.json. FLOPs are 2 a parameter and token forward and 4 more backward, attention
@@ -249,7 +250,7 @@ class Run:
 
 def lock_folder(out: Path):
     """An open file that keeps other processes out of `out` until this one ends. Raises UsageError if one is at work."""
-    file = (out / ".lock").open("w")
+    file = (out / ".lock").open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -259,7 +260,7 @@ def lock_folder(out: Path):
 
 def rank_zero_file(path: Path, lines: list[str]):
     """`path` open for writing, holding `lines`; on the other ranks what is written goes nowhere."""
-    file = open(os.devnull if parallel.rank() else path, "w")
+    file = open(os.devnull if parallel.rank() else path, "w", encoding="utf-8")
     file.writelines(lines)
     return file
 
@@ -355,7 +356,8 @@ class StopRules:
 
 def command_line() -> str:
     """The command that runs this process, as a user would type it in the repository."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = os.path.relpath(Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent)
+    return shlex.join(["python", script, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:

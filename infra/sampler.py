@@ -54,11 +54,25 @@ class Sampler:
 
     ranks_per_engine = 1  # consecutive ranks that answer together
 
-    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
+    def sample(
+        self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None, known=None, keep=None
+    ) -> list[Response]:
         """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
         (*seed, i, j). Every rank passes the same prompts, answers its share and gets all the responses. `progress` is a
-        tqdm over responses."""
+        tqdm over responses.
+
+        keep({i: the n responses of prompt i}) is called as prompts are finished, on the (first) rank that answers them.
+        Handed back as `known`, the same on every rank, they are not sampled again, and the others come out the same."""
         engine, engines = parallel.rank() // self.ranks_per_engine, parallel.world_size() // self.ranks_per_engine
-        mine = range(engine, len(prompts), engines)
-        responses = self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress)
-        return parallel.gather_interleaved(responses, n, self.ranks_per_engine)
+        mine = [i for i in range(engine, len(prompts), engines) if i not in (known or {})]
+        answers = {}
+
+        def finished(places: list[int], responses: list[Response]) -> None:
+            some = {mine[place]: responses[k * n : (k + 1) * n] for k, place in enumerate(places)}
+            answers.update(some)
+            if keep and parallel.rank() % self.ranks_per_engine == 0:
+                keep(some)
+
+        self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress, finished)
+        answers = (known or {}) | parallel.merge(answers)
+        return [response for i in range(len(prompts)) for response in answers[i]]

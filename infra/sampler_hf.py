@@ -118,10 +118,9 @@ class HFSampler(Sampler):
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
         self.model = model
 
-    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress, finished) -> None:
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
-        responses = [None] * (len(prompts) * n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with parallel.gathered(self.model), grouped(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
             while order:
@@ -132,10 +131,8 @@ class HFSampler(Sampler):
                 batch = self._sample_batch(
                     [prompts[i] for i in rows], [(*seeds[i], j) for i in rows for j in range(n)], progress
                 )
-                for k, response in enumerate(batch):
-                    responses[rows[k // n] * n + k % n] = response
+                finished(rows, batch)  # a batch is kept whole or not at all: without it the later ones are the same
         self.model.train(was_training)
-        return responses
 
     def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
         """One response per seed: as many for each prompt, in a row."""

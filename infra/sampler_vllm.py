@@ -123,20 +123,20 @@ class VLLMSampler(Sampler):
         self.model = model
         self.syncs += 1
 
-    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress, finished) -> None:
         prompts, params = list(prompts), [self._params(n, seed) for seed in seeds]
         checked = self.model is not None and self.canary_tolerance > 0
         if checked:  # among the prompts the probe costs next to nothing; alone it would cost an engine step a token
             prompts, params = [self.probe, *prompts], [self.probe_params, *params]
-        outputs = self._generate(prompts, params, progress)
-        if checked:
-            [probe] = outputs.pop(0)
+            [probe], *outputs = self._generate(prompts, params, progress)
             self.canary(list(probe.token_ids), probe.logprobs.logprobs)
-        return [
-            make_response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length", self.tokenizer_size)
-            for output in outputs
-            for o in output
-        ]
+            finished(list(range(len(outputs))), [self._response(o) for output in outputs for o in output])
+        else:  # nothing to wait for: a prompt is finished when its responses are, whatever else the engine is at
+            self._generate(prompts, params, progress, finished)
+
+    def _response(self, output) -> Response:
+        ids, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+        return make_response(ids, logprobs, output.finish_reason == "length", self.tokenizer_size)
 
     @torch.no_grad()
     def canary(self, response: list[int], sampler_logprobs: list[float]) -> None:
@@ -168,18 +168,21 @@ class VLLMSampler(Sampler):
         params.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) % (2**31 - n)  # vLLM gives response j seed + j
         return params
 
-    def _generate(self, prompts, params, progress=None):
-        """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together."""
-        self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        finished = []
+    def _generate(self, prompts, params, progress=None, finished=None):
+        """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together. finished([place of a
+        prompt], its responses) is called for each as it ends."""
+        requests = self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        places, outputs = {request: place for place, request in enumerate(requests)}, [None] * len(prompts)
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
                 if output.finished:
-                    finished.append(output)
+                    place = places[output.request_id]
+                    outputs[place] = sorted(output.outputs, key=lambda o: o.index)
                     if progress is not None and output.prompt_token_ids != self.probe:
                         progress.update(len(output.outputs))
-        finished.sort(key=lambda output: int(output.request_id))
-        return [sorted(output.outputs, key=lambda o: o.index) for output in finished]
+                    if finished:
+                        finished([place], [self._response(o) for o in outputs[place]])
+        return outputs
 
 
 def repack_head(model) -> None:

@@ -29,10 +29,10 @@ def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
     print(f"\n$ {shlex.join([*launcher, script, *flags])}" + (f"\n  > {log}" if log else ""), flush=True)
     launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *flags]
-    with open(log, "a") if log else nullcontext() as output:
+    with open(log, "a", encoding="utf-8") if log else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
     if code:
-        last = log.read_text().strip().splitlines()[-1:] if log else []
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log else []
         print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
               sep="\n", file=sys.stderr)  # fmt: skip
         sys.exit(code)

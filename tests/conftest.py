@@ -24,7 +24,7 @@ import grpo
 import infra.cli
 import opd
 import toy
-from infra import batches, models, preflight
+from infra import batches, models, preflight, reward
 from infra.sampler_hf import HFSampler
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +152,7 @@ class FakeGrader:
 
     rule = staticmethod(lambda answer, j: float(j % 2))
     unparsable = timeouts = 0
+    uses_labels = True
 
     def __init__(self, kind="math"):
         pass
@@ -178,8 +179,9 @@ def fake_grader(monkeypatch):
     """`fake_grader(rule)` replaces the grader of every script."""
 
     def install(rule):
-        for module in SCRIPTS.values():
-            monkeypatch.setattr(module, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
+        for module in (reward, *SCRIPTS.values()):
+            if hasattr(module, "Grader"):  # the others ask make_grader
+                monkeypatch.setattr(module, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
 
     return install
 
@@ -191,10 +193,12 @@ def run_script(monkeypatch, tmp_path):
 
     out, metrics (rows), record (run.json), samples ([(prompts, n, responses)] per call of the sampler), updates
     ([(params, grads)] before each optimizer step, by name, unclipped), splits (what batches.micro_batches returned),
-    passes ([(prompts, responses)] of every forward pass with gradients)."""
+    passes ([(prompts, responses)] of every forward pass with gradients).
+
+    With `checked=True` teacher and student are checked as in a real run (tests/test_preflight.py has those checks)."""
     count = 0
 
-    def start(script: str, **args):
+    def start(script: str, checked=False, **args):
         nonlocal count
         count += 1
         seen = SimpleNamespace(
@@ -233,7 +237,8 @@ def run_script(monkeypatch, tmp_path):
                     seen.passes.append((prompts, responses))
                 return response_hidden(model, prompts, responses)
 
-            patch.setattr(preflight, "check_models", lambda *a, **kw: None)  # tests/test_preflight.py has those
+            if not checked:
+                patch.setattr(preflight, "check_models", lambda *a, **kw: None)
             patch.setattr(models, "load_model", recording_load_model)
             patch.setattr(HFSampler, "sample", recording_sample)
             patch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)

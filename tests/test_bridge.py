@@ -22,13 +22,14 @@ import fkl_warmup
 import grpo
 import opd
 import toy
-from infra import dataset, report, stages
-from infra.bootstrap import bootstrap_ci95
+from infra import dataset, report, stages, worlds
+from infra.bootstrap import bootstrap_ci95, verdict
 from infra.cli import UsageError
 
 ACCURACY = {"base": 0.1, "teacher_base": 0.3, "teacher_rl": 0.9, "direct_grpo": 0.5, "raw_teacher_warmup": 0.2,
             "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85, "cold_grpo": 0.4,
-            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "long_grpo": 0.7, "replay": 0.8, "reward_free": 0.05}  # fmt: skip
+            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "long_grpo": 0.7, "replay": 0.8, "reward_free": 0.05,
+            "own_prompts_warmup": 0.5, "bridge_own_prompts": 0.75}  # fmt: skip
 TRAINED = ["teacher_rl", "direct_grpo", "raw_teacher_warmup", "bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
 CONTROLS = ["cold_grpo", "no_warmup", "no_opd", "sft", "long_grpo", "replay", "reward_free"]
 UPDATES = {"teacher_rl": 8, "bridge_warmup": 3, "bridge": 7, "bridge_grpo": 5}
@@ -407,7 +408,8 @@ def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_pa
 def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
     """Otherwise it would still be writing when the same command is given again."""
     (tmp_path / "stage.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    code = f"import pathlib; from infra import stages; stages.ROOT = pathlib.Path({str(tmp_path)!r}); stages.call('stage.py')"
+    code = "import pathlib; from infra import stages;"
+    code += f"stages.ROOT = pathlib.Path({str(tmp_path)!r}); stages.call('stage.py')"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = iter(driver.stdout.readline, "")
     pid = next(int(line) for line in lines if line.strip().isdigit())
@@ -425,7 +427,7 @@ def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=("b.jsonl", "org/set:c:test")))
     record = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(record) == {"benchmark", "arms", "stages", "seeds", "comparisons"} and record["benchmark"] == "b"
-    assert list(record["arms"]) == list(bridge.ARMS)
+    assert list(record["arms"]) == [arm for arm in bridge.ARMS if arm != "bridge_own_prompts"]
     labels = dict.fromkeys(bridge.ARMS, 40) | {
         "base": 0,
         "raw_teacher": 0,
@@ -438,7 +440,7 @@ def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
         low, high = row["ci95"]
         assert low <= ACCURACY[arm] <= high and row["se"] is None and row["by_seed"] == pytest.approx([ACCURACY[arm]])
         assert set(row["benchmarks"]) == {"b", "org_set_c_test"}
-    assert set(record["stages"]) == set(ACCURACY)
+    assert set(record["stages"]) == set(ACCURACY) - {"own_prompts_warmup", "bridge_own_prompts"}
     assert record["stages"]["bridge"]["labels_used"] == 0 and record["stages"]["teacher_rl"]["labels_used"] == 40
     cost = {key: record["arms"]["bridge_grpo"][key] for key in ("rl_updates", "dense_updates", "sampled_tokens", "flops")}
     assert cost == {"rl_updates": 13, "dense_updates": 10, "sampled_tokens": 4000, "flops": 4e15}
@@ -448,8 +450,8 @@ def test_labels_that_two_stages_share_are_counted_once(tmp_path, fake, problems)
     bridge.main(real(tmp_path, problems, arms=("bridge_grpo",)))
     shared = tmp_path / "run/seed1"
     shutil.copy(shared / "teacher_rl/labels.json", shared / "bridge_grpo/labels.json")
-    stages = bridge.ARMS["bridge_grpo"]
-    assert report.cost(tmp_path / "run", [1], stages)["labels_used"] == 40
+    folders = [shared / stage for stage in bridge.ARMS["bridge_grpo"]]
+    assert report.cost([folders])["labels_used"] == 40
 
 
 def test_the_papers_comparisons_have_a_difference_an_interval_and_a_verdict(tmp_path, fake, problems):
@@ -463,7 +465,7 @@ def test_the_papers_comparisons_have_a_difference_an_interval_and_a_verdict(tmp_
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side():
-    assert [report.verdict(ci) for ci in ([0.01, 0.1], [-0.1, -0.01], [-0.01, 0.1], [0.0, 0.1], [-0.1, 0.0])] == [
+    assert [verdict(ci) for ci in ([0.01, 0.1], [-0.1, -0.01], [-0.01, 0.1], [0.0, 0.1], [-0.1, 0.0])] == [
         "holds", "reversed", "not resolved", "not resolved", "not resolved"]  # fmt: skip
 
 
@@ -541,11 +543,13 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
     assert all(("--force" in c) == (c[0] in ("opd.py", "fkl_warmup.py")) for c in fake.commands)
 
 
-@pytest.mark.parametrize("world", list(bridge.WORLDS))
-def test_readme_shows_the_recorded_reports(world):
+@pytest.mark.parametrize("world", list(worlds.WORLDS))
+def test_results_md_shows_the_recorded_reports(world):
     record = json.loads((ROOT / f"benchmarks/results/{world}.json").read_text())
-    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
-    younger = {"long_grpo"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
+    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "docs/results.md").read_text()
+    if world == "arithmetic":
+        assert f"<!-- summary {world} -->\n{report.summary(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
+    younger = {"long_grpo", "bridge_own_prompts"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
     assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
 
@@ -554,14 +558,19 @@ def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, mo
     run, project = tmp_path / "run", tmp_path / "project"
     for folder in (project / "docs", project / "benchmarks/results"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(report, "__file__", str(project / "report.py"))
-    (project / "README.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "__file__", str(project / "infra/report.py"))
+    (project / "docs/results.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    (project / "README.md").write_text("first\n<!-- summary run -->\nold\n<!-- end -->\nlast\n")
     report.main(report.Args(runs=(str(run),)))
-    table = report.markdown(json.loads((run / "report.json").read_text()))
-    assert (project / "README.md").read_text() == f"before\n<!-- report run -->\n{table}\n<!-- end -->\nafter\n"
+    record = json.loads((run / "report.json").read_text())
+    large, small = f"<!-- report run -->\n{report.markdown(record)}", f"<!-- summary run -->\n{report.summary(record)}"
+    assert (project / "docs/results.md").read_text() == f"before\n{large}\n<!-- end -->\nafter\n"
+    assert (project / "README.md").read_text() == f"first\n{small}\n<!-- end -->\nlast\n"
     assert (project / "docs/run.png").exists() and (project / "benchmarks/results/run.json").exists()
-    (project / "README.md").write_text("no block")
-    with pytest.raises(UsageError, match="README.md has no block <!-- report run -->"):
+    (project / "README.md").write_text("no block: this world has no table here")
+    report.main(report.Args(runs=(str(run),)))
+    (project / "docs/results.md").write_text("no block")
+    with pytest.raises(UsageError, match="docs/results.md has no block <!-- report run -->"):
         report.main(report.Args(runs=(str(run),)))
 
 

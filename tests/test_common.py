@@ -18,7 +18,8 @@ import toy
 from infra import batches, dataset, models, run_folder
 from infra.batches import micro_batches
 from infra.cli import UsageError
-from infra.dataset import Problem, load_problems, load_rows, render_prompt, render_prompts
+from infra.dataset import Problem, load_problems, load_rows
+from infra.prompts import render_prompt, render_prompts
 
 GSM8K = {"question": "How many?", "answer": "Half of 2,000 is <<2000/2=1000>>1000.\n#### 1,000"}
 
@@ -137,9 +138,14 @@ def test_benchmark_names_are_folder_names(spec, name):
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 class RecordingTokenizer:
+    name_or_path, unk_token_id = "recording", None
+
     def apply_chat_template(self, messages, **options):
         self.messages, self.options = messages, options
-        return [1, 2, 3]
+        return "".join(m["content"] for m in messages)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(character) for character in text]}
 
 
 def test_the_instruction_follows_the_problem_once():
@@ -216,7 +222,7 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
     )
     sizes = {"grpo": {"prompts_per_step": 4, "minibatch_prompts": 4, "group_size": 2}, "opd": {"prompts_per_step": 4},
              "fkl_warmup": {"rollouts_per_step": 4}}[script]  # fmt: skip
-    run = run_script(script, **models, **sizes, train_data=data, max_response_tokens=8, max_steps=2)
+    run = run_script(script, checked=True, **models, **sizes, train_data=data, max_response_tokens=8, max_steps=2)
     files = {path.name for path in run.out.iterdir()}
     assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                      "generation_config.json", "metrics.jsonl", "run.json", f"{script}.py"}  # fmt: skip

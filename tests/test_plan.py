@@ -55,7 +55,7 @@ def args(**changes):
 def check(arguments):
     student, teacher = plan.Sizes.read(arguments.student, "--student"), plan.Sizes.read(arguments.teacher, "--teacher")
     work = plan.Workload(trained=student, frozen={"teacher": teacher}, sampled=student, responses=arguments.prompts_per_step)
-    plan.check(arguments, lambda: work)
+    plan.check(arguments, work)
 
 
 @pytest.mark.parametrize("arch, tied", [("qwen3", True), ("llama", False)])

@@ -242,7 +242,9 @@ def models_report(script, typed, capsys, monkeypatch, *flags, **models):
     module = {"opd": opd, "fkl_warmup": fkl_warmup}[script]
     import tyro
 
-    module.main(tyro.cli(module.Args, args=typed("--preflight-only", *STEP[script], *flags, **models)))
+    with pytest.raises(SystemExit) as end:
+        module.main(tyro.cli(module.Args, args=typed("--preflight-only", *STEP[script], *flags, **models)))
+    assert end.value.code == 0
     return reports[0], capsys.readouterr().out
 
 
@@ -310,9 +312,9 @@ def test_a_student_that_should_be_its_teacher_and_is_not(cli, typed, monkeypatch
 
     load_model = models.load_model
 
-    def broken_load(*a, trainable, **kw):
-        model = load_model(*a, trainable=trainable, **kw)
-        if trainable:
+    def broken_load(*a, **kw):
+        model = load_model(*a, **kw)
+        if next(model.parameters()).requires_grad:  # the student
             with torch.no_grad():
                 model.get_input_embeddings().weight.mul_(1.1)
         return model
@@ -338,13 +340,12 @@ def test_a_teacher_unsure_of_its_own_answers_is_a_warning(typed, capsys, monkeyp
     assert report.figures["teacher_logprob"] == report.figures["teacher_logprob_student_prompt"], "one prompt for both"
 
 
-def test_training_is_the_same_with_and_without_the_checks(run_script, checkpoints, data, monkeypatch):
+def test_training_is_the_same_with_and_without_the_checks(run_script, checkpoints, data):
     """They draw from generators of their own."""
     args = dict(teacher=checkpoints.wide, student=checkpoints.student, train_data=data, prompts_per_step=6, max_steps=2,
                 max_response_tokens=8)  # fmt: skip
-    with_checks = run_script("opd", **args)
-    monkeypatch.setattr(preflight, "check_models", lambda *_, **__: None)
-    without = run_script("opd", **args)
+    with_checks, without = run_script("opd", checked=True, **args), run_script("opd", **args)
+    assert with_checks.record["preflight"] and len(with_checks.samples) == len(without.samples) + 2
     for a, b in zip(with_checks.updates, without.updates, strict=True):
         assert all((a[1][name] == b[1][name]).all() for name in a[1])
 

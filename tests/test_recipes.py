@@ -106,9 +106,8 @@ def test_every_stage_fits_the_hardware_beside_it(recipe, commands, monkeypatch, 
     gpus, memory = map(int, re.match(r"(\d+) × (\d+) GB", hardware).groups())
     check, peaks = plan.check, {}
 
-    def check_and_stop(args, work_of):
-        work = work_of()
-        check(args, lambda: work)  # refuses what a user would be refused
+    def check_and_stop(args, work):
+        check(args, work)  # refuses what a user would be refused
         peaks[args.out] = plan.peak_bytes(plan.estimate(args, work, plan.Hardware.find(args))) / plan.GB
         raise InterruptedError
 

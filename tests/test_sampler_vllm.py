@@ -139,6 +139,7 @@ def command(script, tiny, out, **flags):
     sizes = {
         "grpo": {"prompts_per_step": 4, "minibatch_prompts": 2, "group_size": 4},
         "opd": {"prompts_per_step": 4},
+        "variants/opd_sampled": {"prompts_per_step": 4},
         "fkl_warmup": {"rollouts_per_step": 4},
         "eval_math": {"samples": 2, "benchmarks": tiny["data"]},
     }[script]
@@ -151,7 +152,7 @@ def command(script, tiny, out, **flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags", [("grpo", {}), ("opd", {}), ("opd", {"loss": "sampled"}), ("fkl_warmup", {})])
+@pytest.mark.parametrize("script, flags", [("grpo", {}), ("opd", {}), ("variants/opd_sampled", {}), ("fkl_warmup", {})])
 def test_trainers(tiny, tmp_path, script, flags):
     done = run(*command(script, tiny, tmp_path / "run", **flags))
     assert done.returncode == 0, done.stderr
@@ -183,7 +184,7 @@ def test_the_learning_curve_changes_no_training(tiny, tmp_path):
 def patched(tmp_path, words, patch: str) -> list[str]:
     """The same command behind some lines of Python."""
     wrapper = tmp_path / "patched.py"
-    lines = "import runpy, sys, time\nfrom sampler_vllm import VLLMSampler\n", patch
+    lines = "import runpy, sys, time\nfrom infra.sampler_vllm import VLLMSampler\n", patch
     wrapper.write_text("".join(lines) + "\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
     return [sys.executable, str(wrapper), *map(str, words)]
 

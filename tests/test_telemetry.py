@@ -15,6 +15,7 @@ import toy
 from infra import run_folder, samples_page, telemetry
 from infra.cli import RunStopped
 from infra.dataset import Problem
+from infra.sampler import Response
 from infra.samples_page import Samples, page, token_texts
 from kernels import TeacherHead, TeacherLogits
 
@@ -221,7 +222,7 @@ def test_a_problem_without_an_answer_has_no_reward(train, tmp_path):
 def write_some(samples, step, texts=("a",)):
     ids = [[k] for k in range(len(texts))]
     samples.keep(step, list(range(len(ids))), ids, reverse_kl=torch.full((len(ids),), 0.5))
-    samples.write(step, [Problem(text, (), None) for text in texts], ids, [False] * len(ids))
+    samples.write(step, [Problem(text, (), None) for text in texts], [Response(one, [], False) for one in ids])
 
 
 def test_a_run_that_starts_again_replaces_later_samples(tmp_path):
