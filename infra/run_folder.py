@@ -27,7 +27,7 @@ from infra.files import append, read_record, whole_rows, write_aside
 from infra.models import save_model, try_save, weight_bytes
 
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
-FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "seed")  # a run goes on with the same
+FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "grader", "seed")  # a run goes on with the same
 # and with these, where rollouts that they made are kept
 SAMPLED = ("rollouts_per_prompt", "max_response_tokens", "temperature", "instruction", "teacher_thinking", "prompt_column",
            "max_prompt_tokens", "sampler", "dtype")  # fmt: skip
