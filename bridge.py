@@ -11,6 +11,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
     python bridge.py
     python bridge.py --arms all --seeds 3 --out runs/arithmetic
     python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3
+    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3 --pilot
 """
 
 import shlex
@@ -21,7 +22,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from infra import cli, dataset, report, run_folder, stages, worlds
+from infra import cli, dataset, pilot, report, run_folder, stages, worlds
 from infra.cli import require
 
 BRIDGE = ["teacher_rl", "bridge_warmup", "bridge"]
@@ -89,6 +90,14 @@ class Args:
     """label budgets: each arm once with each, on the first so many labeled problems; none: all of them, once"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
+    pilot: bool = False
+    """train nothing yet: ask on a few labels whether they should go to the teacher or to the student, into OUT/pilot/"""
+    pilot_problems: int = 64
+    """labeled problems that are probed, and as many held out; at most half the budget"""
+    pilot_samples: int = 16
+    """responses to each of them, of either model"""
+    pilot_steps: int = 10
+    """grpo.py's steps on the teacher; the student gets as many FLOPs"""
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
     """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay
     reward_free; with prompts that are not the labeled problems bridge_own_prompts too"""
@@ -165,7 +174,9 @@ def main(args: Args) -> None:
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
     require(all(n > 0 for n in args.labels) and sorted(set(args.labels)) == list(args.labels),
             f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
-    cli.require_positive(args, "seeds jobs nproc")
+    cli.require_positive(args, "seeds jobs nproc pilot_problems pilot_steps")
+    require(args.pilot_samples >= pilot.GROUP, f"--pilot-samples {args.pilot_samples}: give {pilot.GROUP}, a group, or more")
+    require(not args.pilot or (len(args.labels) < 2 and args.seeds == 1), "--pilot: one budget and one seed at a time")
 
     # ---- problems: labeled ones for each budget, held out ones, prompts of the dense stages
     out, q = Path(args.out), shlex.quote
@@ -193,6 +204,9 @@ def main(args: Args) -> None:
         files = {n: out / f"data/labels{n}.jsonl" for n in args.labels}
         files = {n: dataset.write_problems(path, labeled[:n], train) for n, path in files.items()}
         budgets = {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
+    if args.pilot:
+        pilot.run(args, labeled[: args.labels[0]] if args.labels else labeled, out / "pilot", args.seed)
+        return
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
 
     def at(stage, seed, budget):

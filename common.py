@@ -89,14 +89,14 @@ class RolloutArgs:
     """auto is vllm on CUDA where it is installed, else hf"""
     rollout_batch_tokens: int = 131072
     """hf sampler's cache: prompt + response tokens summed over the rows of a batch"""
-    vllm_gpu_memory_utilization: float = 0.3
-    """share of the GPU's memory for vLLM's weights and cache"""
+    vllm_gpu_memory_utilization: float | None = None
+    """share of the GPU's memory for vLLM's weights and cache; none: what the models leave, as --plan counts it"""
     vllm_tp: int = 1
     """ranks of torchrun on one node that share vLLM's copy of the weights"""
-    vllm_sleep: bool = False
+    vllm_sleep: bool = True
     """drop vLLM's weights and cache while the model trains"""
     canary_tolerance: float | None = None
-    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.2; 0: off"""
+    """stop if a sync leaves vLLM's log-probabilities further from the trainer's; none: 1e-4, in bfloat16 0.12; 0: off"""
 
 
 def check(args, positive: str) -> None:
@@ -107,6 +107,8 @@ def check(args, positive: str) -> None:
     require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
     require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
+    warmup = args.learning_rate_warmup_steps
+    require(warmup >= 0, f"--learning-rate-warmup-steps {warmup}: must be 0 (none) or more")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     if not args.plan and not args.plan_gpu:
         choose_sampler(args)
@@ -122,8 +124,8 @@ def choose_sampler(args, training: bool = True) -> None:
     if args.sampler == "vllm":
         require(installed, "--sampler vllm: vllm is not installed; pip install -r requirements.txt, or use --sampler hf")
         require(args.dtype != "float64", "--dtype float64: vllm does not compute in it; use --sampler hf")
-        utilization = args.vllm_gpu_memory_utilization
-        require(0 < utilization < 1, f"--vllm-gpu-memory-utilization {utilization}: must lie between 0 and 1")
+        share = args.vllm_gpu_memory_utilization
+        require(share is None or 0 < share < 1, f"--vllm-gpu-memory-utilization {share}: must lie between 0 and 1")
         world = int(os.environ.get("WORLD_SIZE", 1 if training else args.vllm_tp))  # vllm starts what torchrun did not
         require(
             args.vllm_tp >= 1 and world % args.vllm_tp == 0,

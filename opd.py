@@ -101,6 +101,7 @@ def main(args: Args) -> None:
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
+    host_cache = models.HostCache()
     params, teacher_params = models.count_params(model, teacher)
 
     if start == 0 and args.eval_every:
@@ -128,13 +129,14 @@ def main(args: Args) -> None:
 
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         cached = []  # per micro-batch (N, Ht) hidden states, on the CPU
+        host_cache.clear()
         with models.on_device(teacher, device, args.offload_teacher):
             for rows in micro_batches:
                 with torch.no_grad(), models.autocast(device, dtype):
                     hidden, teacher_head, _ = batches.response_hidden(
                         teacher, [teacher_prompts[batch[k]] for k in rows], [response_ids[k] for k in rows]
                     )
-                cached.append(models.to_host(hidden, dtype))
+                cached.append(host_cache.keep(hidden, dtype))
             teacher_head = teacher_head.detach()  # stays here when the teacher leaves
         meter.lap("score")
 

@@ -36,8 +36,8 @@ PROBE, FORWARD = "canary: probe", "canary: forward"
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 IDLE = {  # what each telemetry function is in a step without telemetry
     "repetition": lambda *_: 0.0,
-    "sums_by_third": lambda *_: torch.zeros(6, dtype=torch.float64),
-    "top_k_sums": lambda *_: torch.ones(4, dtype=torch.float64),
+    "sums_by_third": lambda *_: (torch.zeros(3, dtype=torch.float64), [1, 1, 1]),
+    "top_k_sums": lambda *_: (*torch.ones(3), 1),
     "keep": lambda *_, **__: None,
     "write": lambda *_, **__: None,
 }

@@ -3,6 +3,8 @@
 
 import torch
 
+from infra.models import compute_device
+
 
 def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
     """Indices in groups of similar length with rows x longest <= token_budget (a longer sequence is its own group).
@@ -30,7 +32,8 @@ def response_hidden(model, prompts: list[list[int]], responses: list[list[int]])
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True  # position t predicts token t + 1
+    device = compute_device(model)
     forward = getattr(model, "hooked_base_model", model.base_model)  # the former gathers a sharded model's weights
-    hidden = forward(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state  # (B, T, H)
-    ids = torch.cat([torch.tensor(response, dtype=torch.long) for response in responses]).to(hidden.device)
-    return hidden[predicts.to(hidden.device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)
+    hidden = forward(input_ids=input_ids.to(device), use_cache=False).last_hidden_state  # (B, T, H)
+    ids = torch.cat([torch.tensor(response, dtype=torch.long) for response in responses]).to(device)
+    return hidden[predicts.to(device)], model.get_output_embeddings().weight, ids  # (N, H), (V, H), (N,)

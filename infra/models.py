@@ -2,14 +2,17 @@
 """Models and tokenizers: where they compute, how they are loaded, clipped and saved."""
 
 import contextlib
+import functools
 import math
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from infra import parallel
@@ -29,11 +32,40 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and compute dtype; "auto" is bfloat16 on CUDA and float32 on a CPU."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Device and compute dtype; "auto" is bfloat16 on CUDA and float32 on a CPU. Raises UsageError where there is an NVIDIA
+    GPU that torch cannot use."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Attention by flash attention. cuDNN's, which torch prefers on Hopper, builds a plan for every shape it has not seen
+        # and never drops one: micro-batches seldom have the same shape twice, and a decoded token makes a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        require(not unused_gpu(), f"{unused_gpu()}, or set CUDA_VISIBLE_DEVICES= to compute on the CPU")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, DTYPES[dtype]
+
+
+@functools.cache
+def unused_gpu() -> str | None:
+    """Why torch does not use the GPU that nvidia-smi finds, and the fix; None if there is no such GPU, or if
+    CUDA_VISIBLE_DEVICES hides it. torch itself only warns, and would train on the CPU."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return None
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    if found.returncode or not found.stdout.strip():
+        return None
+    card = found.stdout.splitlines()[0]
+    if torch.version.cuda is None:
+        return f"nvidia-smi finds {card}, but torch {torch.__version__} is built without CUDA: install requirements.txt"
+    needs = f"torch {torch.__version__} needs one for CUDA {torch.version.cuda}"
+    return f"nvidia-smi finds {card}, but torch cannot use it, most likely for an old driver ({needs}): update the driver"
+
+
+def compute_device(model) -> torch.device:
+    """Where a model computes: not always where its parameters are, as FSDP2 may keep its shards in the CPU's memory."""
+    return device_and_dtype("auto")[0] if isinstance(model, FSDPModule) else model.device
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -172,23 +204,42 @@ def count_params(*models) -> list[int]:
 
 @contextlib.contextmanager
 def on_device(model, device, offload: bool):
-    """Within, a whole model that `offload` keeps in the CPU's memory is on `device`. A sharded one has its place, or fetches
-    itself layer by layer."""
-    moves = offload and parallel.world_size() == 1
-    if moves:
-        model.to(device)
+    """Within, a frozen whole model that `offload` keeps in the CPU's memory is on `device`. A sharded one has its place, or
+    fetches itself layer by layer. The CPU keeps its copy, pinned from the first time on, so that leaving copies nothing."""
+    tensors = [*model.parameters(), *model.buffers()] if offload and parallel.world_size() == 1 else []
+    kept = [t.data if t.is_pinned() or device.type == "cpu" else t.data.pin_memory() for t in tensors]
+    for tensor, host in zip(tensors, kept, strict=True):
+        tensor.data = host.to(device, non_blocking=True)
     try:
         yield
     finally:
-        if moves:
-            model.to("cpu")
+        for tensor, host in zip(tensors, kept, strict=True):
+            tensor.data = host
 
 
-def to_host(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy in `dtype` in the CPU's memory; on CUDA in pinned memory, which the GPU copies to and from on its own. The copy
-    may still be under way: Meter.lap waits for it."""
-    hidden = hidden.to(dtype)
-    return torch.empty(hidden.shape, dtype=dtype, pin_memory=hidden.is_cuda).copy_(hidden, non_blocking=True)
+class HostCache:
+    """Hidden states that wait in the CPU's memory, on CUDA in pinned memory, which the GPU copies to and from on its own.
+    The memory is that of the largest step, taken once in chunks: pinning is slow, and torch rounds up to a power of two."""
+
+    CHUNK = 1 << 27  # elements: 256 MiB of bfloat16
+
+    def __init__(self):
+        self.chunks, self.at, self.used = [], 0, 0
+
+    def clear(self) -> None:
+        """What was kept may be overwritten from now on."""
+        self.at = self.used = 0
+
+    def keep(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of (N, H) in `dtype`, good until `clear`. On CUDA it may still be under way: Meter.lap waits for it."""
+        size = hidden.numel()
+        while self.at < len(self.chunks) and self.used + size > len(self.chunks[self.at]):
+            self.at, self.used = self.at + 1, 0
+        if self.at == len(self.chunks):
+            self.chunks.append(torch.empty(max(size, self.CHUNK), dtype=dtype, pin_memory=hidden.is_cuda))
+        kept = self.chunks[self.at][self.used : self.used + size].view(hidden.shape)
+        self.used += size
+        return kept.copy_(hidden.to(dtype), non_blocking=True)
 
 
 def enable_gradient_checkpointing(model) -> None:

@@ -7,6 +7,7 @@ allows, prompts PROMPT_TOKENS long. On a CPU the figures are resident memory, im
 """
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -24,8 +25,10 @@ from kernels.linear import WORKSPACE_BYTES
 
 PROMPT_TOKENS = 256
 GB = 1e9
-MARGIN = 1.1  # how far an estimate must be above the hardware before the run is refused
+CPU_MARGIN = 1.1  # how far an estimate must be above a CPU's memory before the run is refused; a GPU's has no give
 CUDA_CONTEXT = 1.0 * GB  # what CUDA and NCCL take beside the tensors
+RESERVE = 0.05  # of a GPU, left free where vLLM's share is chosen: fragments of torch's memory, and an estimate is one
+GRAPHS = 1.5 * GB  # vLLM's CUDA graphs, kernels and buffers, which stay while it sleeps; not measured
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Hardware:
             match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:\.\d+)?)GB", args.plan_gpu)
             require(match, f"--plan-gpu {args.plan_gpu}: write it as 80GB, or 8x80GB for eight of them")
             gpus, memory = int(match[1] or gpus), float(match[2]) * GB
-        elif cuda:
+        elif device_and_dtype("auto")[0].type == "cuda":
             memory = torch.cuda.get_device_properties(0).total_memory
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
@@ -92,8 +95,7 @@ class Workload:
 
 def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too."""
-    compute = 2 if device_and_dtype(args.dtype)[1] == torch.bfloat16 or (hw.cuda and args.dtype == "auto") else 4
-    compute, master = (8, 8) if args.dtype == "float64" else (compute, 4)
+    compute, master = compute_bytes(args, hw), 8 if args.dtype == "float64" else 4
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
     length = PROMPT_TOKENS + args.max_response_tokens
     state = {
@@ -120,8 +122,6 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * tokens * config.vocab_size * 4),
         "hidden states": tokens * config.hidden_size * 4 * 2,
     }
-    if uses_vllm(args, hw) and not (hw.cuda and args.vllm_sleep):
-        train["vLLM"] = vllm_bytes(args, work, hw, compute)
     if sharded:
         train["gathered weights"] = (2 * work.trained.layer + work.trained.root) * compute + 2 * work.trained.layer * 4
     elif compute == 2:
@@ -132,9 +132,17 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     if getattr(args, "offload_teacher", False):
         teacher = work.frozen["teacher"]
         phases["score"] = state | {"teacher": (2 * teacher.layer if sharded else teacher.params) * compute}
-        if uses_vllm(args, hw) and not args.vllm_sleep:
-            phases["score"]["vLLM"] = vllm_bytes(args, work, hw, compute)
+    if uses_vllm(args, hw):
+        sleeps = hw.cuda and args.vllm_sleep
+        share = vllm_bytes(args, work, hw, sum(rollout.values()) if sleeps else peak_bytes(phases))
+        for parts in phases.values():
+            parts["vLLM"] = GRAPHS if sleeps and parts is not rollout else share
     return phases
+
+
+def compute_bytes(args, hw: Hardware) -> int:
+    """Of one number in the compute dtype."""
+    return {"bfloat16": 2, "float32": 4, "float64": 8, "auto": 2 if hw.cuda else 4}[args.dtype]
 
 
 def peak_bytes(phases: dict[str, dict[str, float]]) -> float:
@@ -152,7 +160,7 @@ def resident_bytes() -> float:
 def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: bool, length: int) -> dict[str, float]:
     """What the sampler takes while it samples."""
     if uses_vllm(args, hw):
-        return {"vLLM": vllm_bytes(args, work, hw, compute)}
+        return {}
     tokens = min(args.rollout_batch_tokens, -(-work.responses // hw.gpus) * length)
     parts = {
         "gathered weights": work.sampled.params * compute if sharded else 0,
@@ -170,11 +178,50 @@ def uses_vllm(args, hw: Hardware) -> bool:
     return args.sampler == "vllm"
 
 
-def vllm_bytes(args, work: Workload, hw: Hardware, compute: int) -> float:
-    """vLLM's share of the GPU; on a CPU its weights and its cache."""
+def vllm_bytes(args, work: Workload, hw: Hardware, others: float) -> float:
+    """vLLM's share of a GPU, on which the trainer holds `others` bytes meanwhile; on a CPU its weights and its cache.
+    By default what is left but for the RESERVE, up to 0.9 of the GPU, and at least what one answer needs."""
     if not hw.cuda:
-        return work.sampled.params * compute + (512 << 20)
-    return args.vllm_gpu_memory_utilization * hw.bytes
+        return work.sampled.params * compute_bytes(args, hw) + (512 << 20)
+    if args.vllm_gpu_memory_utilization is not None:
+        return args.vllm_gpu_memory_utilization * hw.bytes
+    length = PROMPT_TOKENS + args.max_response_tokens
+    least = vllm_fixed_bytes(args, work, hw) + length * vllm_token_bytes(args, work, hw)
+    left = min(hw.bytes * (1 - RESERVE) - others, 0.9 * hw.bytes)
+    return max(math.floor(100 * left / hw.bytes), math.ceil(100 * least / hw.bytes)) / 100 * hw.bytes
+
+
+def vllm_fixed_bytes(args, work: Workload, hw: Hardware) -> float:
+    """What vLLM takes of its share beside the cache: weights, graphs, and one pass over as many tokens and rows as vLLM 0.32
+    takes by default (EngineArgs.get_batch_defaults), with float32 logits and two copies of them in its sampler."""
+    rows, tokens = (1024, 16384) if hw.bytes >= 70 * 2**30 else (256, 8192)
+    config, compute = work.sampled.config, compute_bytes(args, hw)
+    activations = tokens * (2 * config.intermediate_size + 4 * config.hidden_size) * compute
+    return GRAPHS + (work.sampled.params * compute + activations) / args.vllm_tp + 3 * rows * config.vocab_size * 4
+
+
+def vllm_token_bytes(args, work: Workload, hw: Hardware) -> float:
+    """Of vLLM's cache, per token and GPU: ranks that share the weights divide the key-value heads."""
+    return work.sampled.kv * compute_bytes(args, hw) / min(args.vllm_tp, work.sampled.config.num_key_value_heads)
+
+
+def vllm_cache_tokens(args, work: Workload, hw: Hardware, phases) -> int:
+    """Tokens that vLLM's cache holds on a GPU, and on the others that share its weights."""
+    left = phases["rollout"]["vLLM"] - vllm_fixed_bytes(args, work, hw)
+    return max(int(left / vllm_token_bytes(args, work, hw)), 0)
+
+
+def host_bytes(args, work: Workload, hw: Hardware) -> dict[str, float]:
+    """{what: bytes} in the CPU's memory per GPU. Pinned blocks are powers of two, which adds a third to typical weights."""
+    compute, parts = compute_bytes(args, hw), {}
+    if not hw.cuda:
+        return parts
+    if getattr(args, "offload_teacher", False):
+        parts["teacher, pinned"] = work.frozen["teacher"].params * compute / hw.shards * (1 if hw.shards > 1 else 4 / 3)
+    if work.cached:
+        width = max(sizes.config.hidden_size for sizes in work.frozen.values())
+        parts["teacher's hidden states, pinned"] = work.responses * args.max_response_tokens * width * compute / hw.gpus
+    return parts
 
 
 def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int, length: int) -> float:
@@ -231,32 +278,44 @@ def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
 
 
 def check(args, work: Workload) -> None:
-    """Under --plan print what the command needs and exit. Otherwise raise UsageError if it cannot fit this hardware."""
+    """Under --plan print what the command needs and exit. Otherwise raise UsageError if it cannot fit this hardware.
+    Replaces --vllm-gpu-memory-utilization none by the share that is left."""
     hw = Hardware.find(args)
     phases = estimate(args, work, hw)
     peak = peak_bytes(phases)
     if args.plan:
         print(render(args, work, hw, phases))
         raise SystemExit(0)
-    shortage = vllm_shortage(args, work, hw)
+    shortage = vllm_shortage(args, work, hw, phases)
     require(not shortage, shortage)
     require(
-        peak <= hw.bytes * MARGIN,
+        peak <= hw.bytes * (1 if hw.cuda else CPU_MARGIN),
         f"needs about {peak / GB:.1f} GB per {'GPU' if hw.cuda else 'process'}, there are {hw.bytes / GB:.1f}: "
         f"{advice(args, work, hw)} (--plan prints the whole count)",
     )
+    if hw.cuda and uses_vllm(args, hw):
+        args.vllm_gpu_memory_utilization = round(phases["rollout"]["vLLM"] / hw.bytes, 4)
+    host, ranks = sum(host_bytes(args, work, hw).values()), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(
+        args.plan_gpu or host * ranks <= there,
+        f"needs {host * ranks / GB:.0f} GB of the CPU's memory for what waits there, there are {there / GB:.0f}: lower "
+        f"--prompts-per-step or --max-response-tokens, or leave out --offload-teacher",
+    )
 
 
-def vllm_shortage(args, work: Workload, hw: Hardware) -> str | None:
-    """What is wrong if vLLM's share of a GPU does not hold its copy of the weights."""
-    if not uses_vllm(args, hw):
+def vllm_shortage(args, work: Workload, hw: Hardware, phases) -> str | None:
+    """What is wrong if vLLM's share of a GPU does not hold its copy of the weights and one answer of full length."""
+    if not (hw.cuda and uses_vllm(args, hw)):
         return None
-    share, weights = vllm_bytes(args, work, hw, 2), work.sampled.params * 2 / max(args.vllm_tp, 1)
-    if share > weights:
+    share, weights = phases["rollout"]["vLLM"], work.sampled.params * compute_bytes(args, hw) / args.vllm_tp
+    tokens, length = vllm_cache_tokens(args, work, hw, phases), PROMPT_TOKENS + args.max_response_tokens
+    if tokens >= length:
         return None
     return (
-        f"--vllm-gpu-memory-utilization {args.vllm_gpu_memory_utilization}: {share / GB:.1f} GB do not hold the "
-        f"{weights / GB:.1f} GB of weights that vLLM keeps on each GPU, and its cache; raise it, or --vllm-tp"
+        f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB of "
+        f"weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one prompt "
+        f"and answer ({length}); raise it, or --vllm-tp"
     )
 
 
@@ -268,6 +327,12 @@ def advice(args, work: Workload, hw: Hardware) -> str:
         hardware = replace(hw, gpus=gpus, shards=gpus if gpus != hw.gpus else hw.shards)
         return peak_bytes(estimate(changed, work, hardware)) <= hw.bytes
 
+    def flags(changes):
+        new = {f"--{k.replace('_', '-')}": v for k, v in changes.items() if getattr(args, k) != v}
+        given = [flag if value is True else f"{flag} {value}" for flag, value in new.items() if value is not None]
+        dropped = [flag for flag, value in new.items() if value is None]
+        return " ".join(["with", *given] * bool(given) + ["without", *dropped] * bool(dropped))
+
     length = PROMPT_TOKENS + args.max_response_tokens
     smaller = {
         "micro_batch_tokens": min(args.micro_batch_tokens, length),
@@ -275,6 +340,7 @@ def advice(args, work: Workload, hw: Hardware) -> str:
     }
     for changes in (
         {"vllm_sleep": True},
+        {"vllm_gpu_memory_utilization": None},
         {"micro_batch_tokens": smaller["micro_batch_tokens"]},
         {"rollout_batch_tokens": smaller["rollout_batch_tokens"]},
         smaller,
@@ -283,15 +349,11 @@ def advice(args, work: Workload, hw: Hardware) -> str:
         smaller | {"gradient_checkpointing": True, "vllm_sleep": True},
     ):
         if fits(changes):
-            flags = [
-                f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-                for k, v in changes.items()
-                if getattr(args, k) != v
-            ]
-            return f"it would fit with {' '.join(flags)}"
+            return f"it would fit {flags(changes)}"
+    changes = {"gradient_checkpointing": True, "vllm_sleep": True}
     for gpus in (2, 4, 8, 16, 32, 64, 128):
-        if hw.cuda and gpus > hw.gpus and fits({"gradient_checkpointing": True, "vllm_sleep": True}, gpus):
-            return f"it would fit on {gpus} such GPUs (torchrun) with --gradient-checkpointing --vllm-sleep"
+        if hw.cuda and gpus > hw.gpus and fits(changes, gpus):
+            return f"it would fit on {gpus} such GPUs (torchrun) {flags(changes)}".rstrip()
     return "use smaller models, or hardware with more memory"
 
 
@@ -305,6 +367,16 @@ def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float
     for phase, parts in phases.items():
         lines.append(f"\n{phase}: {sum(parts.values()) / GB:.2f} GB")
         lines += [f"  {size / GB:8.2f}  {what}" for what, size in parts.items() if size >= 0.005 * GB]
+    if hw.cuda and uses_vllm(args, hw):
+        cache = vllm_cache_tokens(args, work, hw, phases)
+        lines.append(
+            f"\nvLLM: {phases['rollout']['vLLM'] / hw.bytes:.2f} of the GPU, of it a cache of {cache} tokens: "
+            f"{cache / length:.1f} answers of full length at once"
+        )
+    for what, size in host_bytes(args, work, hw).items():
+        lines.append(f"in the CPU's memory, for each GPU: {size / GB:.2f} GB {what}")
+    if hw.cuda and 0.85 * hw.bytes < max(sum(p.values()) for name, p in phases.items() if name != "rollout") <= hw.bytes:
+        lines.append("near the limit: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which leaves fewer fragments")
     lines.append(
         f"\na step: up to {work.responses} responses x {length} tokens = {tokens / 1e6:.2f} M tokens, "
         + ", ".join(f"{name} {value / 1e15:.3g}" for name, value in flops(work, work.responses, length).items())
@@ -312,7 +384,7 @@ def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float
     )
     peak = peak_bytes(phases)
     verdict = "fits" if peak <= hw.bytes else f"does not fit: {advice(args, work, hw)}"
-    shortage = vllm_shortage(args, work, hw)
+    shortage = vllm_shortage(args, work, hw, phases)
     verdict = f"does not fit: {shortage}" if shortage else verdict
     lines.append(f"peak {peak / GB:.2f} of {hw.bytes / GB:.1f} GB: {verdict}")
     return "\n".join(lines)

@@ -275,7 +275,7 @@ def check_models(
 
     warmup: the run is itself the warmup, so a large KL is no warning. Draws from generators of its own, so training is
     the same with and without. Raises UsageError unless args.force where a model is broken or disagrees with itself."""
-    dtype = device_and_dtype(args.dtype)[1]
+    device, dtype = device_and_dtype(args.dtype)
     prompts, teacher_prompts = prompts[:SAMPLES], teacher_prompts[:SAMPLES]
     sampling = {
         "max_response_tokens": min(args.max_response_tokens, SAMPLE_TOKENS),
@@ -285,16 +285,16 @@ def check_models(
     sampled = HFSampler(model, tokenizer, dtype, temperature=args.temperature, **sampling).sample(prompts, 1, (args.seed,))
 
     def hidden(one, prompts, responses):
-        with autocast(teacher.device, dtype):
+        with autocast(device, dtype):
             return response_hidden(one, prompts, [r.ids for r in responses])  # (N, H), (V, H), (N,)
 
     def teacher_logprob(prompts):
         states, head, ids = hidden(teacher, prompts, greedy)
-        with autocast(teacher.device, dtype):
+        with autocast(device, dtype):
             return float(fused_linear_logprob(states, head, ids)[0].mean())
 
     def divergence(states, head, target):
-        with autocast(teacher.device, dtype):
+        with autocast(device, dtype):
             _, stats = fused_linear_divergence(states, head, target, temperature=args.temperature)
         return float(stats.reverse_kl.mean())
 

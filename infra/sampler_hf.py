@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from infra import parallel
-from infra.models import autocast
+from infra.models import autocast, compute_device
 from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers, vocabulary_size
 
 
@@ -34,6 +34,7 @@ class GrowingLayer(DynamicLayer):
         self.buffers = [None, None]
 
     def update(self, key_states, value_states, *args, **kwargs):
+        key_states = key_states.to(value_states.dtype)  # norms and rotary embeddings give float32 keys under autocast
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append(0, self.keys, key_states)
@@ -62,8 +63,15 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return attended.reshape(rows, q, heads, D), None
 
 
+def grouped_mask(*args, **kwargs):
+    """transformers' sdpa mask, (rows, 1, q, keys) bool, in which the padding's own positions would see no key: here they see
+    all. Attention over nothing has no value, and kernels for GPUs have given nan for it."""
+    mask = sdpa_mask(*args, **kwargs)
+    return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+
+
 AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+AttentionMaskInterface.register("grouped", grouped_mask)
 
 
 @contextlib.contextmanager
@@ -97,7 +105,7 @@ class HFSampler(Sampler):
         top_k=0,
         batch_tokens=131072,
     ):
-        self.model, self.dtype, self.device = model, dtype, model.device
+        self.model, self.dtype, self.device = model, dtype, compute_device(model)
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
         self.tokenizer_size = vocabulary_size(tokenizer)
         self.canary_logprob_diff = 0.0  # the weights are the trainer's

@@ -16,14 +16,16 @@ import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from infra import parallel  # noqa: E402
+from infra.batches import response_hidden  # noqa: E402
 from infra.cli import RunStopped  # noqa: E402
-from infra.models import autocast  # noqa: E402
+from infra.models import autocast, compute_device  # noqa: E402
 from infra.sampler import Response, Sampler, eos_token_ids, make_response, vocabulary_size  # noqa: E402
+from kernels import fused_linear_logprob  # noqa: E402
 
 PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
 PROBE_ROOM = 176  # tokens that fit into the engine whatever the run's own lengths are; blocks have 16 on most GPUs
 CPU_BLOCK = 32  # tokens; vLLM's own choice for a CPU, 128, makes the probe longer and samples no faster
-CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}  # mean |difference|; a 135 M model has 1e-5 and 0.05
+CANARY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.12}  # mean |difference|; a 135 M model has 1e-5 and up to 0.063
 CPU_CACHE_BYTES = 512 << 20  # on a GPU it is what --vllm-gpu-memory-utilization leaves
 
 
@@ -52,7 +54,7 @@ class VLLMSampler(Sampler):
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=None,
         tp=1,
         sleep=False,
         canary_tolerance=None,
@@ -62,10 +64,15 @@ class VLLMSampler(Sampler):
         self.ranks_per_engine = tp if torchrun else 1
         self.canary_tolerance = CANARY_TOLERANCE[dtype] if canary_tolerance is None else canary_tolerance
         self.model, self.canary_logprob_diff, self.syncs = None, 0.0, 0
+        threads = torch.get_num_threads()
+        overrides = {"head_dtype": "float32"}  # logits as the trainer's losses make them, of a head in `dtype`
+        if model is not None:
+            overrides["tie_word_embeddings"] = model.config.tie_word_embeddings  # as loaded, which may not be as configured
         self.llm = LLM(
             path,
             dtype=str(dtype).removeprefix("torch."),
             load_format="auto" if model is None else "dummy",
+            hf_overrides=overrides,
             max_model_len=max(longest_prompt + max_response_tokens, PROBE_ROOM),
             skip_tokenizer_init=True,  # ids in, ids out
             logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p: those it was drawn with
@@ -74,10 +81,11 @@ class VLLMSampler(Sampler):
             enforce_eager=not on_gpu,
             block_size=None if on_gpu else CPU_BLOCK,
             enable_sleep_mode=sleep and on_gpu,
-            gpu_memory_utilization=gpu_memory_utilization,
+            gpu_memory_utilization=gpu_memory_utilization or 0.9,
             kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
-            hf_overrides={} if model is None else {"tie_word_embeddings": model.config.tie_word_embeddings},  # as loaded
         )
+        if on_gpu:  # on a CPU vLLM binds the threads to cores, and this call does nothing
+            torch.set_num_threads(threads)  # vLLM leaves one for all that the script still does on the CPU
         self.params = SamplingParams(
             max_tokens=max_response_tokens,
             temperature=temperature,
@@ -119,7 +127,8 @@ class VLLMSampler(Sampler):
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise CanaryError("vLLM could not empty its prefix cache, which holds keys and values of the old weights")
         self.model = model
         self.syncs += 1
 
@@ -141,10 +150,8 @@ class VLLMSampler(Sampler):
     @torch.no_grad()
     def canary(self, response: list[int], sampler_logprobs: list[float]) -> None:
         """Score with the trainer's model what the engine said behind the probe. Raises CanaryError if they disagree."""
-        ids = torch.tensor([self.probe + response], device=self.model.device)  # (1, T)
-        with autocast(self.model.device, self.dtype):
-            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]  # (R, V)
-        logprobs = torch.log_softmax(logits.float(), -1).gather(1, ids[0, len(self.probe) :, None])[:, 0]  # (R,)
+        with autocast(compute_device(self.model), self.dtype):
+            logprobs, _ = fused_linear_logprob(*response_hidden(self.model, [self.probe], [response]))  # (R,)
         parallel.reshard(self.model)
         diff = (logprobs.cpu() - torch.tensor(sampler_logprobs)).abs()  # (R,)
         self.canary_logprob_diff = float(parallel.all_reduce(diff.mean(), largest=True))  # ranks stop together
@@ -172,7 +179,8 @@ class VLLMSampler(Sampler):
         """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together. finished([place of a
         prompt], its responses) is called for each as it ends."""
         requests = self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        places, outputs = {request: place for place, request in enumerate(requests)}, [None] * len(prompts)
+        places = {request.partition("-")[0]: place for place, request in enumerate(requests)}  # vLLM adds a random part
+        outputs = [None] * len(prompts)
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
                 if output.finished:

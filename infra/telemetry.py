@@ -36,9 +36,9 @@ def add_divergences(meter: Meter, stats: DivergenceStats, watched: str, lengths:
     meter.add("losses/forward_kl", stats.forward_kl)
     meter.add("losses/entropy", stats.student_entropy)
     meter.add("losses/teacher_entropy", stats.teacher_entropy)
-    thirds = sums_by_third(getattr(stats, watched), lengths)
+    sums, counts = sums_by_third(getattr(stats, watched), lengths)
     for k, part in enumerate(("early", "middle", "late")):
-        meter.add(f"losses/{watched}_{part}", thirds[k], float(thirds[3 + k]))
+        meter.add(f"losses/{watched}_{part}", sums[k], counts[k])
 
 
 def add_sampler_difference(meter: Meter, logprobs: torch.Tensor, sampler_logprobs: torch.Tensor) -> None:
@@ -53,23 +53,24 @@ def add_overlap(meter: Meter, hidden, head, target, temperature: float, tokens: 
     arguments as in `top_k_sums`."""
     shared, student_mass, teacher_mass, count = top_k_sums(hidden, head, target, temperature, tokens)
     for name, value in (("", shared), ("_mass", student_mass), ("_teacher_mass", teacher_mass)):
-        meter.add(f"debug/topk_overlap{name}", value, float(count))
+        meter.add(f"debug/topk_overlap{name}", value, count)
 
 
-def sums_by_third(values, lengths: list[int]):
-    """values (N,), packed response after response -> (6,) float64 on the CPU: sums over the early, middle and late third of
-    each response, and the number of tokens in each."""
+def sums_by_third(values, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """values (N,), packed response after response -> sums over the early, middle and late third of each response, (3,)
+    float64 where the values are, and the number of tokens in each."""
     length = torch.tensor(lengths, dtype=torch.long)
     start = (length.cumsum(0) - length).repeat_interleave(length)  # (N,) where the token's response begins
     third = (torch.arange(len(start)) - start) * 3 // length.repeat_interleave(length)  # (N,)
-    values = values.detach().double().cpu()
-    return torch.cat([torch.bincount(third, w, minlength=3).double() for w in (values, torch.ones_like(values))])
+    member = third == torch.arange(3)[:, None]  # (3, N)
+    values = values.detach().double()
+    return torch.where(member.to(values.device), values, 0.0).sum(-1), member.sum(-1).tolist()
 
 
 @torch.no_grad()
 def top_k_sums(hidden, head, target, temperature: float, tokens: int):
-    """(4,) float64 on the CPU, over a sample of the N positions: sums of the share of the TOP_K likeliest ids that student
-    and teacher have in common, of the probability that either gives to those, and the number of positions.
+    """Over a sample of the N positions: sums of the share of the TOP_K likeliest ids that student and teacher have in common
+    and of the probability that either gives to those, three scalars where `hidden` is, and the number of positions.
 
     hidden (N, H), head (V, H), target: TeacherHead or TeacherLogits of the same positions; `tokens` of the whole step set
     how many are sampled."""
@@ -89,5 +90,4 @@ def top_k_sums(hidden, head, target, temperature: float, tokens: int):
         ((one.values - z.logsumexp(-1, keepdim=True)).exp() * shared.sum(dim)).sum()
         for one, z, dim in zip(top, logits, (2, 1), strict=True)
     ]
-    sums = torch.stack([shared.sum() / shared.shape[1], *masses])
-    return torch.cat([sums.double().cpu(), torch.tensor([len(shared)], dtype=torch.float64)])
+    return shared.sum() / shared.shape[1], *masses, len(shared)

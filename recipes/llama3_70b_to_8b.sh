@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/llama3_70b_to_8b} seed=${2:-1} grader=${GRADER:-math} data=open-r1/DAPO-Math-17k-Processed
 teacher=meta-llama/Llama-3.3-70B-Instruct student=meta-llama/Llama-3.1-8B-Instruct
 launch="torchrun --nnodes 4 --node-rank $NODE_RANK --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 --nproc_per_node 8"
-stage="--seed $seed --gradient-checkpointing --vllm-sleep --vllm-gpu-memory-utilization 0.5 --resume"
+stage="--seed $seed --gradient-checkpointing --resume"
 large="--vllm-tp 8"  # eight GPUs hold one copy of the teacher for vLLM
 
 # ---- labels: 80 % for the teacher (or for direct_grpo), 20 % held out for the last stage

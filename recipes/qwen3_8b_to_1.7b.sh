@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/qwen3_8b_to_1.7b} seed=${2:-1} grader=${GRADER:-math} data=open-r1/DAPO-Math-17k-Processed
 teacher=${TEACHER:-Qwen/Qwen3-8B} student=Qwen/Qwen3-1.7B
 launch="torchrun --standalone --nproc_per_node 8"
-stage="--seed $seed --gradient-checkpointing --vllm-sleep --vllm-gpu-memory-utilization 0.5 --resume"
+stage="--seed $seed --gradient-checkpointing --resume"
 
 # ---- labels: 80 % for the teacher (or for direct_grpo), 20 % held out for the last stage
 python -c "from infra.dataset import split_labels as split; split('$data', '--train-data', '$out/data')"

@@ -12,8 +12,10 @@ from conftest import ROOT, SCRIPTS, planned_and_used, random_model
 from transformers import LlamaConfig, Qwen3Config
 
 import opd
-from infra import plan
+import toy
+from infra import plan, sampler_hf
 from infra.cli import UsageError
+from infra.sampler_hf import GrowingLayer, HFSampler
 
 
 def qwen3(hidden, layers, heads, intermediate, tied):
@@ -92,16 +94,83 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_would_make_it_fit(hub, m
         check(args(plan_gpu="40GB", gradient_checkpointing=True))
     with pytest.raises(UsageError, match="use smaller models"):
         check(args(plan_gpu="2GB", sampler="hf"))
-    with pytest.raises(UsageError, match="--vllm-gpu-memory-utilization 0.3: 3.0 GB do not hold the 3.4 GB of weights"):
-        check(args(plan_gpu="10GB"))
+    with pytest.raises(UsageError, match=r"utilization 0.1: 8.0 GB hold the 3.4 GB .* less than one prompt"):
+        check(args(plan_gpu="80GB", vllm_gpu_memory_utilization=0.1))
 
 
 def test_a_plan_in_which_vllm_lacks_room_for_its_weights_does_not_fit(hub, monkeypatch, capsys):
     """--plan once printed "fits" for what the run itself then refused."""
     monkeypatch.chdir(hub)
     with pytest.raises(SystemExit):
-        check(args(plan_gpu="10GB", plan=True))
-    assert "does not fit: --vllm-gpu-memory-utilization 0.3: 3.0 GB do not hold" in capsys.readouterr().out
+        check(args(plan_gpu="80GB", plan=True, vllm_gpu_memory_utilization=0.1))
+    assert "does not fit: --vllm-gpu-memory-utilization 0.1: 8.0 GB hold" in capsys.readouterr().out
+
+
+def plans(arguments):
+    student, teacher = plan.Sizes.read(arguments.student, "--student"), plan.Sizes.read(arguments.teacher, "--teacher")
+    work = plan.Workload(student, {"teacher": teacher}, student, arguments.prompts_per_step, cached=True)
+    hw = plan.Hardware.find(arguments)
+    return work, hw, plan.estimate(arguments, work, hw)
+
+
+def test_by_default_vllm_gets_what_the_models_leave(hub, monkeypatch):
+    """Asleep while the model trains: what is left in the rollout; awake: what is left in the fullest phase."""
+    monkeypatch.chdir(hub)
+    for sleep in (True, False):
+        arguments = args(gradient_checkpointing=True, vllm_sleep=sleep)
+        work, hw, phases = plans(arguments)
+        fullest = phases["rollout"] if sleep else max(phases.values(), key=lambda parts: sum(parts.values()))
+        assert 0.93 * hw.bytes < sum(fullest.values()) <= 0.95 * hw.bytes
+        assert phases["train"]["vLLM"] == (plan.GRAPHS if sleep else phases["rollout"]["vLLM"])
+        check(arguments)
+        assert arguments.vllm_gpu_memory_utilization == pytest.approx(phases["rollout"]["vLLM"] / hw.bytes)
+        least = 30 if sleep else 10
+        assert plan.vllm_cache_tokens(arguments, work, hw, phases) > least * (plan.PROMPT_TOKENS + 8192)
+
+
+def test_a_gpu_that_is_a_little_too_small_is_refused(hub, monkeypatch):
+    """Running out of memory is the other end of it. A CPU has swap, and other processes that may end."""
+    monkeypatch.chdir(hub)
+    need = plan.peak_bytes(plans(args(gradient_checkpointing=True, sampler="hf"))[2]) / plan.GB
+    check(args(gradient_checkpointing=True, sampler="hf", plan_gpu=f"{need + 0.1:.1f}GB"))
+    with pytest.raises(UsageError, match="needs about"):
+        check(args(gradient_checkpointing=True, sampler="hf", plan_gpu=f"{need - 0.5:.1f}GB"))
+
+
+def test_the_plan_counts_what_waits_in_the_cpu_s_memory(hub, monkeypatch):
+    monkeypatch.chdir(hub)
+    work, hw, _ = plans(args())
+    assert plan.host_bytes(args(), work, hw) == {"teacher's hidden states, pinned": 256 * 8192 * 4096 * 2}
+    offloaded = plan.host_bytes(args(offload_teacher=True), work, hw)["teacher, pinned"]
+    H, wide, V, KV = 4096, 12288, 151936, 1024  # Qwen3-8B: q and o, k and v, the MLP's, embedding and head
+    matrices = ((72, H * H), (72, H * KV), (108, H * wide), (2, V * H))
+    assert offloaded == pytest.approx(sum(n * 2 ** (2 * size - 1).bit_length() for n, size in matrices), rel=0.05)
+
+
+def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path):
+    """In bfloat16 over float32 weights: keys are float32 behind their norm and rotation, and were cached so."""
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    sampler = HFSampler(model, toy.make_tokenizer(), torch.bfloat16, max_response_tokens=9, temperature=0)
+    sampler.eos_ids = torch.tensor([-1])  # all answers are of full length
+    seen = []
+
+    class Seen(GrowingLayer):
+        def update(self, *states, **options):
+            keys, values = super().update(*states, **options)
+            seen.append((keys.dtype, values.dtype, keys.nbytes + values.nbytes))
+            return keys, values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_hf, "GrowingLayer", Seen)
+        sampler.sample([[22, 1, 10, 2, 16, 23]] * 3, 2)
+    length = 6 + 9 - 1  # the last id is never read
+    arguments = args(dtype="bfloat16", sampler="hf", rollout_batch_tokens=6 * length, plan_gpu="1GB")
+    sizes = plan.Sizes.read(tmp_path, "--student")
+    work = plan.Workload(trained=sizes, frozen={}, sampled=sizes, responses=6)
+    planned = plan.rollout_bytes(arguments, work, plan.Hardware.find(arguments), 2, False, length)["key-value cache"]
+    assert {(k, v) for k, v, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
+    assert sum(size for *_, size in seen[-2:]) == planned  # of both layers
 
 
 def test_more_gpus_take_less_memory_each(hub, monkeypatch):
@@ -112,7 +181,7 @@ def test_more_gpus_take_less_memory_each(hub, monkeypatch):
     peaks = []
     for gpus in (2, 4, 8, 16):
         hw = plan.Hardware.find(replace(arguments, plan_gpu=f"{gpus}x80GB"))
-        peaks.append(max(sum(phase.values()) for phase in plan.estimate(arguments, work, hw).values()))
+        peaks.append(sum(plan.estimate(arguments, work, hw)["train"].values()))
     assert peaks[:3] == sorted(peaks, reverse=True)[:3]
 
 

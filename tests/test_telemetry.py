@@ -49,16 +49,16 @@ def test_repetition_is_the_share_of_4_grams_seen_before():
 def test_thirds_cover_every_token_once():
     lengths = [1, 2, 3, 7, 30]
     values = torch.arange(43, dtype=torch.float32)
-    sums = telemetry.sums_by_third(values, lengths)
-    assert sums[:3].sum() == values.sum() and sums[3:].sum() == 43
-    expected, start = torch.zeros(6, dtype=torch.float64), 0
+    sums, counts = telemetry.sums_by_third(values, lengths)
+    assert sums.sum() == values.sum() and sum(counts) == 43
+    expected, tokens, start = torch.zeros(3, dtype=torch.float64), [0, 0, 0], 0
     for n in lengths:
         for t in range(n):
             expected[t * 3 // n] += values[start + t]
-            expected[3 + t * 3 // n] += 1
+            tokens[t * 3 // n] += 1
         start += n
-    assert torch.equal(sums, expected)
-    assert telemetry.sums_by_third(torch.ones(30), [30])[3:].tolist() == [10, 10, 10]
+    assert torch.equal(sums, expected) and counts == tokens
+    assert telemetry.sums_by_third(torch.ones(30), [30])[1] == [10, 10, 10]
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
@@ -68,27 +68,28 @@ def test_top_k_sums_equal_the_definition(form, temperature):
     N, H, V, K = 200, 6, 40, telemetry.TOP_K
     hidden, head, other, other_head = (torch.randn(*s) for s in ((N, H), (V, H), (N, H), (V - 3, H)))
     target = TeacherHead(other, other_head) if form == "hidden" else TeacherLogits(other @ other_head.T)
-    sums = telemetry.top_k_sums(hidden, head, target, temperature, tokens=N)
-    expected = torch.zeros(4, dtype=torch.float64)
+    *sums, count = telemetry.top_k_sums(hidden, head, target, temperature, tokens=N)
+    expected = torch.zeros(3, dtype=torch.float64)
     for n in range(0, N, 16):
         ps = torch.softmax((hidden[n] @ head.T)[: V - 3] / temperature, -1)
         pt = torch.softmax(other[n] @ other_head.T / temperature, -1)
         shared = sorted(set(ps.topk(K).indices.tolist()) & set(pt.topk(K).indices.tolist()))
-        expected += torch.tensor([len(shared) / K, float(ps[shared].sum()), float(pt[shared].sum()), 1.0])
-    assert sums[3] == 13 and torch.allclose(sums, expected, atol=1e-5)
+        expected += torch.tensor([len(shared) / K, float(ps[shared].sum()), float(pt[shared].sum())])
+    assert count == 13 and torch.allclose(torch.stack(sums).double(), expected, atol=1e-5)
 
 
 def test_top_k_of_a_model_with_itself_is_all_of_it():
     hidden, head = torch.randn(64, 4), torch.randn(100, 4)
-    overlap, student, teacher, count = telemetry.top_k_sums(hidden, head, TeacherHead(hidden, head), 1.0, 64).tolist()
+    overlap, student, teacher, count = telemetry.top_k_sums(hidden, head, TeacherHead(hidden, head), 1.0, 64)
     assert overlap == count == 4 and student == teacher < count
 
 
 def test_no_rows_add_nothing(tmp_path):
     """A rank may have no rows of its own."""
     nothing, head = torch.zeros(0, 4), torch.randn(10, 4)
-    assert telemetry.sums_by_third(torch.zeros(0), []).tolist() == [0.0] * 6
-    assert telemetry.top_k_sums(nothing, head, TeacherHead(nothing, head), 1.0, 100).tolist() == [0.0] * 4
+    sums, counts = telemetry.sums_by_third(torch.zeros(0), [])
+    assert sums.tolist() == [0.0] * 3 and counts == [0, 0, 0]
+    assert telemetry.top_k_sums(nothing, head, TeacherHead(nothing, head), 1.0, 100) == (0, 0, 0, 0)
     samples = Samples(tmp_path, toy.make_tokenizer(), 1, "reverse_kl")
     samples.keep(1, [], [], reverse_kl=torch.zeros(0))
     assert samples.kept == {}

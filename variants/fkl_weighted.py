@@ -52,10 +52,6 @@ class Args(common.RunArgs, common.RolloutArgs):
     """check that teacher and student fit, print what was found and end without training"""
     force: bool = False
     """go on where the preflight finds an error, recording it in run.json"""
-    vllm_gpu_memory_utilization: float = 0.5
-    """share of the GPU's memory for vLLM's weights and cache"""
-    vllm_sleep: bool = True
-    """drop vLLM's weights and cache behind the rollouts"""
 
     # algorithm
     rollouts_per_prompt: int = 1

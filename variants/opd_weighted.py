@@ -119,6 +119,7 @@ def main(args: Args) -> None:
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
+    host_cache = models.HostCache()
     params, teacher_params = models.count_params(model, teacher)
 
     if start == 0 and args.eval_every:
@@ -147,6 +148,7 @@ def main(args: Args) -> None:
         # ---- score: the teacher reads the answers behind its own rendering of the prompts
         token_stats = {}  # for TIP: of each response the student's entropy and the reverse KL, (2, R)
         cached = []  # per micro-batch (N, Ht) hidden states, on the CPU
+        host_cache.clear()
         with models.on_device(teacher, device, args.offload_teacher):
             for rows in micro_batches:
                 chosen_ids = [response_ids[k] for k in rows]
@@ -160,7 +162,7 @@ def main(args: Args) -> None:
                         _, stats = fused_linear_divergence(states, head, target, temperature=args.temperature)
                         both = torch.stack([stats.student_entropy, stats.reverse_kl]).double().cpu()  # (2, N)
                         token_stats |= zip(rows, both.split([len(r) for r in chosen_ids], dim=1), strict=True)
-                cached.append(models.to_host(hidden, dtype))
+                cached.append(host_cache.keep(hidden, dtype))
             teacher_head = teacher_head.detach()  # stays here when the teacher leaves
         meter.lap("score")
 
