@@ -37,7 +37,7 @@ def default_out(model: str) -> Path:
 def differences(before: dict, now: dict, settings: list[str], words: tuple[str, str]) -> list[str]:
     """What differs between two records (of partial.json or summary.json): flags among `settings`, and the benchmark. Inputs
     are told apart by what they hold, or by their names where that is not known. `words` stand before the two values."""
-    found, keys = [], {"model": "model", "benchmark": "problems"}  # input: key of its digest
+    found, keys = [], {"model": "model", "grader": "grader", "benchmark": "problems"}  # input: key of its digest
     for name in [*settings, "benchmark"]:
         a, b = [record.get(name, record["args"].get(name)) for record in (before, now)]
         one, other = [record.get("inputs", {}).get(keys.get(name)) for record in (before, now)]
