@@ -187,7 +187,7 @@ def main(args: Args) -> None:
         )
         worlds.fill_in(args)
         world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
-        stages.execute(out / "world", "toy.json", lambda: world, [], 1, None)
+        stages.execute(out / "world", "toy.json", lambda: world, 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
     else:
         require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
@@ -235,7 +235,7 @@ def main(args: Args) -> None:
         command = partial(command_of, stage, args, budgets[budget], here, seed)
         inputs = [here(one) for one in before(stage)]
         log = folder.with_suffix(".log") if jobs > 1 else None
-        tasks[folder] = inputs, partial(stages.execute, folder, "run.json", command, inputs, args.nproc, log)
+        tasks[folder] = inputs, partial(stages.execute, folder, "run.json", command, args.nproc, log)
     bases = {"base": args.student, "teacher_base": args.teacher}
     measured = [(out / f"seed{seed}" / name, Path(model), seed) for name, model in bases.items() for seed in seeds]
     for folder, model, seed in [*measured, *((folder, folder, seed) for folder, _, seed, _ in runs)]:
@@ -243,7 +243,7 @@ def main(args: Args) -> None:
         command = f"eval_math.py --model {q(str(model))} --benchmarks {shlex.join(args.benchmarks)} "
         command += f"--out {q(str(results))} --seed {seed} {args.eval_flags}"
         log = folder.parent / f"eval_{folder.name}.log" if jobs > 1 else None
-        run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, [model], args.nproc, log)
+        run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, args.nproc, log)
         tasks[results] = [folder] if folder in tasks else [], run
     stages.run_all(tasks, jobs)
     report.write(out, at, list(budgets), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)

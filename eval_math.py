@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 import common
-from infra import cli, dataset, evaluation, models, parallel, run_folder
+from infra import cli, dataset, evaluation, models, parallel, preflight, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.grader import Grader
@@ -201,6 +201,7 @@ def main(args: Args) -> None:
     whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=True) for name, spec in specs.items()}
     problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     device, dtype = models.device_and_dtype(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     prompts = {name: render_all(tokenizer, some, args.instruction, args.thinking) for name, some in problems.items()}
@@ -218,6 +219,8 @@ def main(args: Args) -> None:
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
         model = models.load_model(args.model, "--model", device, dtype, trainable=False)
+    else:
+        models.check_checkpoint(args.model, "--model", dtype)
     longest_prompt = max(len(prompt) for name in names for prompt in prompts[name])
     sampling = {"longest_prompt": longest_prompt, "top_p": args.top_p, "top_k": args.top_k}
     sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, **sampling)

@@ -24,7 +24,7 @@ from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
 from infra.prompts import render_prompts
-from infra.sampler import Response
+from infra.sampler import Response, vocabulary_size
 from infra.sampler_hf import HFSampler
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -86,7 +86,7 @@ def main(args: Args) -> None:
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     eval_set = common.load_eval(args, tokenizer)
-    rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
+    rollouts = load_rollouts(args, problems, vocabulary_size(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
     require(
         args.rollouts_per_step <= rollout_count,
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
@@ -211,6 +211,7 @@ def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tu
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     else:
         lines = aside.read_text(encoding="utf-8").splitlines(keepends=True) if aside.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
         lines = lines[: len(lines) // (PROBLEMS_PER_PART * n) * PROBLEMS_PER_PART * n]  # whole parts only
         parallel.barrier()  # every rank has read what rank 0 now writes to
         with (

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 import common
-from infra import batches, cli, dataset, models, parallel, plan, run_folder, telemetry
+from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
 from infra.meter import Meter
 from infra.prompts import render_prompts
@@ -96,12 +96,13 @@ def main(args: Args) -> None:
     labeled = grader.uses_labels
     problems = dataset.load_problems(args.train_data, "--train-data", labeled, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.model, "--model")
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     eval_set = common.load_eval(args, tokenizer, labeled)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = run_folder.Run(args, total_steps)
+    run = run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.model, "--model", device, dtype, True, args.hybrid_shard)

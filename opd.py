@@ -84,7 +84,7 @@ def main(args: Args) -> None:
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)

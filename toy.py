@@ -54,6 +54,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from infra import cli, run_folder
 from infra.cli import require
+from infra.files import write_aside
 
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -391,8 +392,7 @@ def main(args: Args):
             print(f"{role}: " + "  ".join(f"{k} {v}" for k, v in report[role].items()))
     report["seconds"] = round(time.time() - start, 1)
     print(f"{args.out}: {report['seconds']} s")
-    with open(os.path.join(args.out, "toy.json"), "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=1)
+    write_aside(os.path.join(args.out, "toy.json"), json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

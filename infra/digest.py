@@ -3,13 +3,13 @@
 path or a file's time says nothing of the contents."""
 
 import hashlib
-import json
+import re
 from pathlib import Path
 
-from infra import parallel
+from infra import dataset, parallel
 
 # flags that name an input, where a script has them
-INPUTS = ("model", "teacher", "student", "train_data", "eval_data", "label_split", "rollouts", "paced")
+INPUTS = ("model", "teacher", "student", "train_data", "eval_data", "label_split", "rollouts", "paced", "grader")
 CHECKPOINT = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*token*", "vocab*",
               "merges.txt", "chat_template*")  # fmt: skip
 WHOLE, PIECE, PIECES = 64 << 20, 1 << 20, 64  # bytes, bytes, how many
@@ -19,7 +19,7 @@ def digest_of(spec: str | Path) -> str | None:
     """Of a local file its contents; of a checkpoint folder the names, sizes and contents of config, tokenizer and weights,
     where of a file above 64 MB only 64 pieces of 1 MB, evenly spread with both ends, are read: 16 GB take a second, and a
     change that leaves all pieces as they were is not seen. None for a hub id, and for what is not there."""
-    path = Path(spec)
+    path = Path(re.sub(r"\.py:\w+$", ".py", str(spec)))  # --grader's FILE.py:FUNCTION
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -44,6 +44,5 @@ def digests(args, problems=None) -> dict[str, str | None]:
     specs = {name: getattr(args, name) for name in INPUTS if getattr(args, name, None)}
     found = parallel.on_rank_zero(lambda: {name: digest_of(spec) for name, spec in specs.items()})
     if problems is not None:
-        listed = json.dumps([(p.text, p.messages, p.answer) for p in problems])
-        found["problems"] = hashlib.sha256(listed.encode()).hexdigest()[:16]
+        found["problems"] = dataset.digest(problems)
     return found

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors import safe_open
+
 from infra.cli import UsageError
 
 RETRY_WAITS = (1, 3)  # seconds between tries of a hub that fails, on top of its client's own
@@ -62,9 +64,15 @@ def first_line(error: Exception) -> str:
 
 
 def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
+    """One line for a checkpoint or its tokenizer that a library cannot read."""
     if "custom code" in str(error):
         return UsageError(f"{flag} {path}: brings its own code, which is never run; use a Qwen or Llama checkpoint")
+    for file in sorted(Path(path).glob("*.safetensors")):  # the library names no file
+        try:
+            safe_open(file, "pt").__exit__(None, None, None)
+        except Exception as damage:
+            return UsageError(f"{flag} {path}: cannot load it: {file.name} is damaged ({first_line(damage)}); copy it again")
     return UsageError(
         f"{flag} {path}: cannot load it as a local checkpoint folder or from the Hugging Face hub "
-        f"({first_line(error)}). Check the path, or the network and the hub id"
+        f"({type(error).__name__}: {first_line(error)}). Check the path, or the network and the hub id"
     )

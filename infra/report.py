@@ -19,6 +19,7 @@ import numpy as np
 from infra import cli, dataset, frontier
 from infra.bootstrap import bootstrap_ci95, verdict
 from infra.cli import require
+from infra.files import write_aside
 
 COMPARISONS = {  # name: is the second better than the first?
     "raw_teacher < direct_grpo": "a teacher without RL is worth less than RL on the student",
@@ -124,7 +125,7 @@ def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int],
         by_budget = {n: {arm: scores_of(stage, benchmarks[0], n) for arm, stage in last.items()} for n in budgets}
         costs = {n: {arm: cost_of(used, n) for arm, used in arms.items()} for n in budgets}
         record |= frontier.frontier(by_budget, costs)
-    (out / "report.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_aside(out / "report.json", json.dumps(record, indent=2))
     text, plots = markdown(record), "![](frontier.png)\n" if "frontier" in record else ""
     page = f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}"
     (out / "report.md").write_text(page, encoding="utf-8")
@@ -244,7 +245,7 @@ def main(args: Args) -> None:
         )
         put(root / "README.md", f"summary {run.name}", summary(record))
         shutil.copy(run / ("frontier.png" if "frontier" in record else "report.png"), root / f"docs/{run.name}.png")
-        (root / f"benchmarks/results/{run.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_aside(root / f"benchmarks/results/{run.name}.json", json.dumps(record, indent=1) + "\n")
         print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 

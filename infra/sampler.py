@@ -23,6 +23,11 @@ def eos_token_ids(configured: int | list[int] | None, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
 
 
+def vocabulary_size(tokenizer) -> int:
+    """The largest id + 1. len(tokenizer) counts the ids, which is less where they leave holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 class Response(NamedTuple):
     ids: list[int]  # sampled token ids, the final EOS included; none after it
     sampler_logprobs: list[float]  # log p of each id under the sampling distribution

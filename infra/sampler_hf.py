@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from infra import parallel
 from infra.models import autocast, compute_device
-from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers
+from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers, vocabulary_size
 
 
 class GrowingLayer(DynamicLayer):
@@ -107,7 +107,7 @@ class HFSampler(Sampler):
     ):
         self.model, self.dtype, self.device = model, dtype, compute_device(model)
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
-        self.tokenizer_size = len(tokenizer)
+        self.tokenizer_size = vocabulary_size(tokenizer)
         self.canary_logprob_diff = 0.0  # the weights are the trainer's
         self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0

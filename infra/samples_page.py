@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from infra import parallel
+from infra.files import whole_rows, write_aside
 from infra.grader import last_boxed
 
 RESPONSES = 4  # the first of a step's batch
@@ -63,8 +64,7 @@ class Samples:
         if parallel.rank():
             return
         path = self.out / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-        rows = [row for row in rows if row["step"] < step]
+        rows = [row for row in whole_rows(path) if row["step"] < step]
         for k in sorted(kept):
             tokens = token_texts(self.tokenizer, responses[k].ids)
             response, reward = "".join(tokens), rewards[k] if rewards is not None else None
@@ -81,11 +81,11 @@ class Samples:
                 "values": kept[k],
             }
             rows.append(row)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in rows))
         steps = sorted({row["step"] for row in rows})
         shown = {*steps[:1], *steps[1:][1 - PAGE_STEPS :]}
         html = page(self.out.name, [row for row in rows if row["step"] in shown], self.colour_by)
-        (self.out / "samples.html").write_text(html, encoding="utf-8")
+        write_aside(self.out / "samples.html", html)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:

@@ -25,6 +25,7 @@ import toy
 from infra import dataset, report, stages, worlds
 from infra.bootstrap import bootstrap_ci95, verdict
 from infra.cli import UsageError
+from infra.digest import digest_of
 
 ACCURACY = {"base": 0.1, "teacher_base": 0.3, "teacher_rl": 0.9, "direct_grpo": 0.5, "raw_teacher_warmup": 0.2,
             "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85, "cold_grpo": 0.4,
@@ -41,11 +42,16 @@ def flag(command, name, count=1):
     return command[at] if count == 1 else command[at : at + count]
 
 
-def write_later(path: Path, record: dict):
-    """Files of one run must differ in time for the check of what is older than what."""
+def write(path: Path, record: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
-    time.sleep(0.01)
+
+
+def inputs_of(typed: str, spec: str | None = None):
+    """What a script records of its inputs; `spec`: the benchmark of this summary.json."""
+    names = ("model", "teacher", "student", "train_data", "label_split", "eval_data")
+    found = {name: digest_of(specs[0]) for name in names if (specs := stages.values_of(typed, name))}
+    return found | ({"benchmark": digest_of(spec)} if spec else {})
 
 
 class NoPretraining:
@@ -83,7 +89,7 @@ def fake(monkeypatch):
         out = Path(flag(flags, "--out"))
         if state.fail == out.name:
             out.mkdir(parents=True, exist_ok=True)
-            write_later(out / "run.json", {"finished": False})
+            write(out / "run.json", {"finished": False})
             return SimpleNamespace(returncode=3)
         typed = shlex.join(["python", script, *flags])
         if script == "toy.py":
@@ -97,7 +103,7 @@ def fake(monkeypatch):
                 write_jsonl(
                     folder / "generations.jsonl", [{"problem": f"{i}", "reward": float(i < right)} for i in range(100)]
                 )
-                write_later(folder / "summary.json", {"command": typed})
+                write(folder / "summary.json", {"command": typed, "inputs": inputs_of(typed, spec)})
         else:
             name, data = out.name, flag(flags, "--train-data")
             labels = [p.text for p in dataset.load_problems(data, "--train-data", True)] if script == "grpo.py" else []
@@ -106,9 +112,11 @@ def fake(monkeypatch):
             write_jsonl(
                 out / "metrics.jsonl", [{"step": s, "charts/reward": 0.1 * s, "losses/reverse_kl": 1.0} for s in (1, 2)]
             )
-            write_later(out / "labels.json", labels)
+            write(out / "labels.json", labels)
             spent = {"updates": UPDATES.get(name, 10), "sampled_tokens": 1000, "flops": 1e15}
-            write_later(out / "run.json", {"finished": True, "args": args, "command": typed} | spent)
+            (out / "config.json").write_text(str(len(state.commands)))  # of weights that no other run has
+            record = {"finished": True, "args": args, "command": typed, "inputs": inputs_of(typed)}
+            write(out / "run.json", record | spent)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -251,12 +259,46 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems)
     assert fake.commands == []
 
 
-def test_a_stage_older_than_what_it_was_made_from_is_refused(tmp_path, fake, problems):
+def test_a_stage_whose_input_was_trained_again_is_refused(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     (tmp_path / "run" / "seed1" / "bridge_warmup" / "run.json").unlink()
-    with pytest.raises(UsageError, match="run/seed1/bridge: older than .*it was made from"):
+    held = "run/seed1/bridge: was made when --student .*bridge_warmup held something else; delete it to make it again"
+    with pytest.raises(UsageError, match=held):
         bridge.main(real(tmp_path, problems))
     assert stages_run(fake)[-1] == "bridge_warmup"
+
+
+@pytest.mark.parametrize("name, flag", [("teacher", "--teacher|--model"), ("benchmark", "--benchmark"), ("world", "--")])
+def test_an_input_of_the_whole_bridge_that_was_replaced_is_refused(tmp_path, fake, problems, name, flag):
+    teacher, benchmark = tmp_path / "big", tmp_path / "b.jsonl"
+    write(teacher / "config.json", {"size": 8})
+    write_jsonl(benchmark, [{"problem": "1+1?", "answer": "2"}])
+    args = {"teacher": str(teacher), "benchmarks": (str(benchmark),)}
+    if name == "world":
+        args = {"out": str(tmp_path / "run")}
+    again = bridge.Args(**args) if name == "world" else real(tmp_path, problems, **args)
+    bridge.main(again)
+    replaced = {"teacher": teacher / "config.json", "benchmark": benchmark, "world": tmp_path / "run/world/test.jsonl"}[name]
+    replaced.write_text(replaced.read_text() + "\n")
+    count = len(fake.commands)
+    with pytest.raises(UsageError, match=f"was made when ({flag}).* held something else; delete it to make it again"):
+        bridge.main(bridge.Args(**args) if name == "world" else real(tmp_path, problems, **args))
+    assert len(fake.commands) == count
+
+
+@pytest.mark.parametrize("where", ["run", "elsewhere/of another name"])
+def test_a_finished_folder_that_was_copied_is_accepted(tmp_path, fake, problems, where):
+    """cp -r gives every file a new time, in any order, and the folder perhaps another name."""
+    first = real(tmp_path, problems, arms=("bridge", "base"))
+    bridge.main(first)
+    commands = len(fake.commands)
+    shutil.move(tmp_path / "run", tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / where, copy_function=shutil.copy)
+    shutil.rmtree(tmp_path / "kept")
+    bridge.main(real(tmp_path, problems, arms=("bridge", "base"), out=str(tmp_path / where)))
+    assert len(fake.commands) == commands
+    with pytest.raises(UsageError, match="holds `python"):
+        bridge.main(real(tmp_path, problems, arms=("bridge", "base"), out=str(tmp_path / where), opd_flags="--max-steps 9"))
 
 
 @pytest.mark.parametrize("changes, message", [

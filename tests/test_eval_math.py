@@ -407,7 +407,7 @@ def result(folder, rewards, problems=None):
     for name, rows in rewards.items():
         (folder / name).mkdir(parents=True)
         write_jsonl(folder / name / "generations.jsonl", [
-            {"problem": (problems or {}).get(name, range(len(rows)))[i], "sample": j, "reward": reward}
+            {"problem": str((problems or {}).get(name, range(len(rows)))[i]), "sample": j, "reward": reward}
             for i, row in enumerate(rows) for j, reward in enumerate(row)])  # fmt: skip
     return str(folder)
 
