@@ -58,9 +58,9 @@ def run(args, labeled: list[dataset.Problem], folder: Path, seed: int) -> dict:
     tasks, jobs = {}, args.jobs or 1
     for name in COMMANDS:
         out, done = folder / name, "heldout/summary.json" if name.startswith("eval/") else "run.json"
-        log, inputs = out.with_suffix(".log") if jobs > 1 else None, [folder / one for one in NEEDS.get(name, [])]
+        log = out.with_suffix(".log") if jobs > 1 else None
         command = partial(command_of, name, args, files, folder, n, seed)
-        tasks[name] = NEEDS.get(name, ["kl"]), partial(stages.execute, out, done, command, inputs, args.nproc, log)
+        tasks[name] = NEEDS.get(name, ["kl"]), partial(stages.execute, out, done, command, args.nproc, log)
     stages.run_all(tasks, jobs)
     for weights in (folder / "kl").glob("*.safetensors"):
         weights.unlink()  # of the one step; its first row of metrics.jsonl was all that was asked
