@@ -11,19 +11,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import dataset
 import numpy as np
 import pytest
-import report
 import tyro
 from conftest import ROOT, read_jsonl, write_jsonl
 
 import bridge
 import common
+import dataset
 import eval_math
 import fkl_warmup
 import grpo
 import opd
+import report
 import toy
 from common import UsageError
 

@@ -13,9 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPARSE_TO_DENSE_DATA", ROOT.parent / "shared" / "data"))

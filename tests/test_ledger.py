@@ -2,14 +2,14 @@
 
 import json
 
-import dataset
 import pytest
-import run_folder
 import torch
 from conftest import load, read_jsonl, write_jsonl
 from test_scripts import mixed_rule
 
 import common
+import dataset
+import run_folder
 
 SMALL = {"max_response_tokens": 4, "max_steps": 2, "temperature": 1.0}
 

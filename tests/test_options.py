@@ -3,7 +3,6 @@ micro-batch split and of the ranks, what it counts and logs, and what a user may
 
 import json
 
-import dataset
 import pytest
 import torch
 from conftest import FakeGrader, load, write_jsonl
@@ -22,6 +21,7 @@ from test_scripts import (
     token_loss,
 )
 
+import dataset
 import toy
 
 
