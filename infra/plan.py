@@ -313,9 +313,9 @@ def vllm_shortage(args, work: Workload, hw: Hardware, phases) -> str | None:
     if tokens >= length:
         return None
     return (
-        f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB of "
-        f"weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one prompt and answer "
-        f"({length}); raise it, or --vllm-tp"
+        f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB "
+        f"of weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one "
+        f"prompt and answer ({length}); raise it, or --vllm-tp"
     )
 
 
