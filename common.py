@@ -105,6 +105,8 @@ def check(args, positive: str) -> None:
     require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
     require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
+    warmup = args.learning_rate_warmup_steps
+    require(warmup >= 0, f"--learning-rate-warmup-steps {warmup}: must be 0 (none) or more")
     require(not args.eval_every or args.eval_data, "--eval-every needs --eval-data")
     if not args.plan and not args.plan_gpu:
         choose_sampler(args)

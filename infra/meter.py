@@ -50,13 +50,13 @@ class Meter:
 
     def metrics(self) -> dict[str, float]:
         """{name: value} over all ranks (a collective), and the laps."""
-        if not self.sums:
-            return dict(self.laps)
-        sums = torch.stack(list(self.sums.values())).cpu()
-        counts = torch.tensor([self.counts.get(name, 0) for name in self.sums], dtype=torch.float64)
-        sums, counts = parallel.all_reduce(torch.cat([sums, counts])).chunk(2)
-        counts = counts.clamp(min=1)  # a sum has none
-        metrics = dict(zip(self.sums, (sums / counts).tolist(), strict=True))
+        metrics = {}
+        if self.sums:
+            sums = torch.stack(list(self.sums.values())).cpu()
+            counts = torch.tensor([self.counts.get(name, 0) for name in self.sums], dtype=torch.float64)
+            sums, counts = parallel.all_reduce(torch.cat([sums, counts])).chunk(2)
+            for name, value, count in zip(self.sums, sums.tolist(), counts.tolist(), strict=True):
+                metrics[name] = value / max(count, 1) if name in self.counts else value
         if self.largest:
             largest = parallel.all_reduce(torch.stack(list(self.largest.values())).cpu(), largest=True)
             metrics |= dict(zip(self.largest, largest.tolist(), strict=True))

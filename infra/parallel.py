@@ -108,8 +108,9 @@ def on_rank_zero(function, *args):
 
 
 def all_reduce(values: torch.Tensor, largest: bool = False) -> torch.Tensor:
-    """Sum, or maximum, of a CPU tensor over the ranks."""
+    """Sum, or maximum, of a CPU tensor over the ranks; the tensor itself stays as it is."""
     if world_size() > 1:
+        values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
 

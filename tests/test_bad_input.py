@@ -63,7 +63,7 @@ BAD_VALUES = [(script, name, value) for script, names in {
 BAD_VALUES += [(script, name, value) for script in TRAINERS for name, value in (
     ("top_p", 0.9), ("temperature", 0), ("temperature", -1), ("max_response_tokens", 0), ("max_response_tokens", -5),
     ("max_steps", 0), ("max_steps", -1), ("micro_batch_tokens", 0), ("max_prompt_tokens", 0), ("stop_patience", 0),
-    ("stop_truncated_frac", -0.1), ("stop_truncated_frac", 1.5))]  # fmt: skip
+    ("learning_rate_warmup_steps", -1), ("stop_truncated_frac", -0.1), ("stop_truncated_frac", 1.5))]  # fmt: skip
 
 
 @pytest.mark.parametrize("script, name, value", BAD_VALUES)
@@ -105,7 +105,10 @@ DATA_FLAG = {"grpo": "train_data", "fkl_warmup": "train_data", "opd": "train_dat
     [
         ("", ["the dataset is empty"]),
         ("\n\n", ["the dataset is empty"]),
-        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt .*; it has answer, text"]),
+        (
+            '{"text": "1+1?", "answer": "2"}\n',
+            ["needs a column problem, question or prompt ", "prompt-column.; it has answer, text"],
+        ),
         ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
         ('["1+1?", "2"]\n', ["object"]),
         ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),

@@ -23,6 +23,44 @@ from infra.dataset import Problem, load_problems, load_rows, render_prompt, rend
 GSM8K = {"question": "How many?", "answer": "Half of 2,000 is <<2000/2=1000>>1000.\n#### 1,000"}
 
 
+# ------------------------------------------------------------------------------------------------- steps, learning rate
+def rates(total_steps: int, **schedule) -> list[float]:
+    """Learning rates of all steps."""
+    flags = {"learning_rate": 2.0, "learning_rate_warmup_steps": 0, "learning_rate_decay": "none"} | schedule
+    return [common.learning_rate(types.SimpleNamespace(**flags), step, total_steps) for step in range(1, total_steps + 1)]
+
+
+def test_the_learning_rate_is_constant_unless_told_otherwise():
+    assert rates(5) == [2.0] * 5
+
+
+@pytest.mark.parametrize("decay, expected", [
+    ("none", [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]),
+    ("linear", [0.5, 1.0, 1.5, 2.0, 2.0, 1.5, 1.0, 0.5]),
+    ("cosine", [0.5, 1.0, 1.5, 2.0, 2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5]),
+])  # fmt: skip
+def test_the_learning_rate_rises_in_a_line_and_falls_as_named(decay, expected):
+    assert rates(8, learning_rate_warmup_steps=4, learning_rate_decay=decay) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 9, 10, 12])
+def test_the_learning_rate_is_0_at_no_step(decay, warmup):
+    """Nor above the flag's, and it rises at no step behind the warmup; one as long as the run is all there is of it."""
+    found = rates(10, learning_rate_warmup_steps=warmup, learning_rate_decay=decay)
+    assert all(0 < rate <= 2.0 for rate in found)
+    rising, falling = found[:warmup], found[warmup:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert warmup >= 10 or falling[0] == 2.0
+
+
+def test_count_steps_wraps_the_last_one_around():
+    flags = types.SimpleNamespace(max_steps=None, epochs=3)
+    assert [common.count_steps(flags, 10, per_step, "--prompts-per-step") for per_step in (1, 4, 5, 10)] == [30, 8, 6, 3]
+    flags.max_steps = 2
+    assert common.count_steps(flags, 10, 4, "--prompts-per-step") == 2
+
+
 # ------------------------------------------------------------------------------------------------------------ problems
 @pytest.mark.parametrize("row, text, answer", [
     ({"problem": "1+1?", "answer": "2"}, "1+1?", "2"),

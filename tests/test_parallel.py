@@ -74,11 +74,18 @@ def test_ranks_give_the_single_process_weights(run_script, fake_grader, checkpoi
         assert json.loads((out / "run.json").read_text())["hardware"]["ranks"] == ranks
 
 
+COSINE = {"learning_rate_decay": "cosine", "learning_rate_warmup_steps": 2}
+
+
+@pytest.mark.parametrize("schedule", [{}, COSINE], ids=["constant", "cosine"])
 @pytest.mark.parametrize("script", ["grpo", "fkl_warmup", "opd"])
-def test_a_stopped_run_goes_on_to_the_same_bits(run_script, fake_grader, checkpoints, data, tmp_path, monkeypatch, script):
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    run_script, fake_grader, checkpoints, data, tmp_path, monkeypatch, script, schedule
+):
     fake_grader(FakeGrader.rule)
-    args = next(args for name, args in jobs(checkpoints, data, tmp_path / "whole") if name == script)
+    args = schedule | next(args for name, args in jobs(checkpoints, data, tmp_path / "whole") if name == script)
     whole = run_script(script, **args)
+    assert len({row["charts/learning_rate"] for row in whole.metrics if row["step"]}) == (4 if schedule else 1)
     args |= {"out": str(tmp_path / "stopped"), "save_every": 2}
     log = run_folder.Run.log
     with monkeypatch.context() as patch:

@@ -152,8 +152,9 @@ def command(script, tiny, out, **flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags", [("grpo", {}), ("opd", {}), ("variants/opd_sampled", {}), ("fkl_warmup", {})])
-def test_trainers(tiny, tmp_path, script, flags):
+@pytest.mark.parametrize("script", ["grpo", "opd", "variants/opd_sampled", "fkl_warmup"])
+def test_trainers(tiny, tmp_path, script):
+    flags = {"kl_coef": 0.1} if script == "grpo" else {}  # it trains every row, where no answer of a random model is right
     done = run(*command(script, tiny, tmp_path / "run", **flags))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from conftest import load, next_token_logits, random_model, read_jsonl, write_js
 
 import common
 import toy
-from infra import batches, dataset, models, sampler_hf
+from infra import batches, dataset, models, sampler_hf, samples_page
 
 MIXED = {"p0": 1, "p1": 2, "p2": 3, "p4": 1, "p5": 2, "p7": 3, "p8": 1, "p9": 2, "p10": 3}  # right answers of 4; else 0 or 4
 
@@ -266,6 +267,62 @@ def test_grpo_step_with_equal_rewards_changes_nothing(run_script, fake_grader, c
     for row in run.metrics:
         assert row["charts/zero_std_frac"] == 1 and row["charts/reward"] == reward
         assert row["losses/grad_norm"] == 0 and "losses/policy_loss" not in row, "no row has a loss to average"
+
+
+@pytest.fixture
+def advantages_of(run_script, fake_grader, checkpoints, tmp_path, monkeypatch):
+    """`advantages_of(groups)`: what grpo.py makes of these rewards, a list for each problem. (P, G); its run."""
+
+    def start(groups: list[list[float]], **flags):
+        fake_grader(lambda answer, j: groups[int(answer)][j])
+        data = write_jsonl(tmp_path / "groups.jsonl", [{"problem": f"{k}?", "answer": str(k)} for k in range(len(groups))])
+        written = []
+
+        def write(self, step, problems, responses, grader=None, rewards=None, advantages=None):
+            written.append(([int(p.answer) for p in problems], advantages))
+
+        monkeypatch.setattr(samples_page.Samples, "write", write)
+        sizes = {"prompts_per_step": len(groups), "minibatch_prompts": len(groups), "group_size": len(groups[0])}
+        limits = {"max_response_tokens": 1, "max_steps": 1}
+        run = run_script("grpo", model=checkpoints.student, train_data=data, **sizes, **limits, **flags)
+        [(answers, advantages)] = written
+        order = torch.tensor(answers).view(len(groups), -1)[:, 0]  # the step takes the problems in an order of its own
+        return advantages.view(len(groups), -1)[order.argsort()], run
+
+    return start
+
+
+@pytest.mark.parametrize("std_normalization", [True, False])
+@pytest.mark.parametrize("G", [3, 7, 8])
+def test_grpo_equal_rewards_of_any_value_are_no_signal(advantages_of, checkpoints, G, std_normalization):
+    """A mean of equal rewards may differ from them by its rounding, which a deviation of the same size would blow up."""
+    values = [0.1, 1.2, 1 / 3, -0.7, 1e6 + 0.1]
+    naive = torch.tensor([[value] * G for value in values])
+    assert (naive - naive.mean(dim=1, keepdim=True)).any() or G == 8
+    advantages, run = advantages_of([[value] * G for value in values], std_normalization=std_normalization)
+    assert not advantages.any() and run.updates == [] and run.record["updates"] == 0
+    assert run.metrics[0]["charts/zero_std_frac"] == 1
+    assert_unchanged(run.out, checkpoints.student)
+
+
+@pytest.mark.parametrize("G, std_normalization", [*((G, True) for G in range(2, 17)), (3, False), (8, False), (15, False)])
+def test_grpo_advantages_of_right_and_wrong_equal_the_formula(advantages_of, G, std_normalization):
+    """(r - mean) / (std + 1e-6) in float32: to the bit where float32 holds k / G exactly. Elsewhere the formula rounds the
+    mean before it subtracts, and grpo.py is the exact difference, rounded once."""
+    groups = [[float(j < k) for j in range(G)] for k in range(G + 1)]
+    groups += [group[::-1] for group in groups]  # the first response wrong, then right
+    rewards = torch.tensor(groups)
+    expected = rewards - rewards.mean(dim=1, keepdim=True)
+    if std_normalization:
+        expected = expected / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    advantages, _ = advantages_of(groups, std_normalization=std_normalization)
+    assert advantages.dtype == torch.float32
+    if G in (2, 4, 8, 16):
+        assert torch.equal(advantages, expected)
+    else:
+        assert ((advantages - expected).abs() <= 3 * torch.finfo(torch.float32).eps * expected.abs()).all()
+        exact = torch.tensor([[float(Fraction(int(r)) - Fraction(int(sum(g)), G)) for r in g] for g in groups])
+        assert std_normalization or torch.equal(advantages, exact)
 
 
 def test_grpo_overlong_filtering_of_every_response_changes_nothing(run_script, fake_grader, checkpoints, data):
