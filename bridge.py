@@ -11,9 +11,9 @@ runs on an embedded world of toy.py, on a laptop CPU.
     python bridge.py
     python bridge.py --arms all --seeds 3 --out runs/arithmetic
     python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3
+    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3 --pilot
 """
 
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from infra import cli, dataset, report, run_folder, stages
+from infra import cli, dataset, pilot, report, run_folder, stages, worlds
 from infra.cli import require
 
 BRIDGE = ["teacher_rl", "bridge_warmup", "bridge"]
@@ -31,6 +31,7 @@ ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
     "direct_grpo": ["direct_grpo"],
     "raw_teacher": ["raw_teacher_warmup", "raw_teacher"],
     "bridge": BRIDGE,
+    "bridge_own_prompts": ["teacher_rl", "own_prompts_warmup", "bridge_own_prompts"],
     "no_warmup": ["teacher_rl", "no_warmup"],
     "no_opd": ["teacher_rl", "no_opd"],
     "sft": ["teacher_rl", "sft"],
@@ -48,6 +49,8 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
     "raw_teacher": ("opd.py", "{teacher} {raw_teacher_warmup}", "prompts", "{opd_flags}"),
     "bridge": ("opd.py", "{teacher_rl} {bridge_warmup}", "prompts", "{opd_flags}"),
     "bridge_grpo": ("grpo.py", "{bridge}", "heldout", "{stage3_flags}"),
+    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled", "{warmup_flags} {own_rollouts}"),
+    "bridge_own_prompts": ("opd.py", "{teacher_rl} {own_prompts_warmup}", "labeled", "{opd_flags}"),
     # controls: as many updates as the stages they are held against have made, or as many FLOPs
     "cold_grpo": ("grpo.py", "{student}", "heldout", "{stage3_flags}"),
     "no_warmup": ("opd.py", "{teacher_rl} {student}", "prompts", "{opd_flags} --max-steps {bridge_updates}"),
@@ -62,12 +65,9 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
 SPENT = {  # what a control's flags take from the run.json of stages that are finished by then
     "bridge_updates": ("updates", ["bridge_warmup", "bridge"]),
     "bridge_rollouts": ("updates", ["bridge_warmup", "bridge"]),
+    "own_rollouts": ("updates", ["bridge_warmup"]),
     "bridge_flops": ("flops", BRIDGE),
     "stage3_updates": ("updates", ["bridge_grpo"]),
-}
-WORLDS = {  # where the settings of the embedded worlds differ; all were chosen on their dev splits (docs/bridge.md)
-    "arithmetic": {"response_tokens": 64, "micro_batch_tokens": 2048, "teacher_steps": 40},
-    "swaps": {"response_tokens": 72, "micro_batch_tokens": 4096, "teacher_steps": 60},
 }
 
 
@@ -84,14 +84,23 @@ class Args:
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
     """labeled problems; 80 % are for stages 1 and 2, 20 % are held out for stage 3 (shuffled with seed 42)"""
     unlabeled_data: str | None = None
-    """prompts of every fkl_warmup.py and opd.py, whose answers are never read; none: the labeled problems"""
+    """prompts of every fkl_warmup.py and opd.py, whose answers are never read; none: the labeled problems, with --labels
+    on an embedded world its unlabeled ones"""
     labels: tuple[int, ...] = ()
-    """label budgets: every arm once with each, on the first so many labeled problems; none: all of them, once"""
+    """label budgets: each arm once with each, on the first so many labeled problems; none: all of them, once"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
+    pilot: bool = False
+    """train nothing yet: ask on a few labels whether they should go to the teacher or to the student, into OUT/pilot/"""
+    pilot_problems: int = 64
+    """labeled problems that are probed, and as many held out; at most half the budget"""
+    pilot_samples: int = 16
+    """responses to each of them, of either model"""
+    pilot_steps: int = 10
+    """grpo.py's steps on the teacher; the student gets as many FLOPs"""
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
     """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay
-    reward_free"""
+    reward_free; with prompts that are not the labeled problems bridge_own_prompts too"""
     teacher_grpo_flags: str = ""
     """more flags for grpo.py on the teacher, in one string"""
     student_grpo_flags: str = ""
@@ -118,29 +127,6 @@ class Args:
     """go on where a preflight finds an error; the stages record it in their run.json"""
 
 
-def toy_settings(args: Args) -> None:
-    """Fill in an embedded world's settings; flags of the command line come last, and the last one counts."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads gain little here, and stall on a busy machine
-    args.jobs = args.jobs or min(os.cpu_count(), 4)
-    folder, world = f"{args.out}/world", WORLDS[args.world]
-    args.teacher, args.student = f"{folder}/teacher_base", f"{folder}/student_base"
-    args.benchmarks = (f"{folder}/test.jsonl",)
-    prompt = f'--instruction "" --max-response-tokens {world["response_tokens"]}'
-    shared, micro = (
-        f"{prompt} --eval-data {shlex.quote(folder)}/dev.jsonl",
-        f"--micro-batch-tokens {world['micro_batch_tokens']}",
-    )
-    grpo = f"{shared} --prompts-per-step 32 --minibatch-prompts 16 {micro} --eval-every 10"
-    dense = f"{shared} --learning-rate 7e-4 {micro}"
-    warmup = f"{dense} --rollouts-per-prompt 4 --rollouts-per-step 64 --eval-every 20"
-    args.teacher_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps {world['teacher_steps']} {args.teacher_grpo_flags}"
-    args.student_grpo_flags = f"{grpo} --learning-rate 2e-4 --max-steps 60 {args.student_grpo_flags}"
-    args.stage3_flags = f"{grpo} --learning-rate 1e-4 --max-steps 40 {args.stage3_flags}"
-    args.warmup_flags = f"{warmup} --max-steps 100 {args.warmup_flags}"
-    args.opd_flags = f"{dense} --prompts-per-step 64 --eval-every 50 --max-steps 200 {args.opd_flags}"
-    args.eval_flags = f"{prompt} --samples 4 --temperature 1 --top-p 1 --top-k 0 {args.eval_flags}"
-
-
 def before(stage: str) -> list[str]:
     """The stages that a stage's command names, or takes figures from."""
     _, models, _, flags = STAGES[stage]
@@ -160,6 +146,10 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
         first, total = run_folder.finished(at("bridge_warmup")), values["bridge_rollouts"]
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         values["bridge_rollouts"] = f"--max-steps {total} --rollouts-per-prompt {rollouts}"
+    if "{own_rollouts}" in flags:  # as many in all as the bridge's warmup has, from fewer prompts
+        prompts, own = (sum(1 for _ in open(data[key], encoding="utf-8")) for key in ("prompts", "labeled"))
+        rollouts = run_folder.finished(at("bridge_warmup"))["args"]["rollouts_per_prompt"]
+        values["own_rollouts"] = f"--rollouts-per-prompt {-(-prompts * rollouts // own)}"
     names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
     models = " ".join(f"{name} {model.format_map(values)}" for name, model in zip(names, models.split(), strict=True))
     force = " --force" if args.force and script != "grpo.py" else ""
@@ -168,65 +158,95 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
     return f"{script} {models} {where} {flags.format_map(values)}{force} --label-split {bound}"
 
 
+def depends_on_budget(stage: str, unlabeled: bool) -> bool:
+    """Whether a stage, or one before it, reads the labeled problems; else one run of it serves all label budgets."""
+    problems = STAGES[stage][2]
+    own = problems == "labeled" or (problems == "prompts" and not unlabeled)
+    return own or any(depends_on_budget(one, unlabeled) for one in before(stage))
+
+
 def main(args: Args) -> None:
-    arms = list(ARMS) if "all" in args.arms else list(args.arms)
-    require(set(arms) <= set(ARMS), f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
+    # ---- what was typed
+    unlabeled = bool(args.unlabeled_data or (args.labels and not args.teacher))
+    require(set(args.arms) <= {*ARMS, "all"}, f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
+    arms = [arm for arm in ARMS if unlabeled or arm != "bridge_own_prompts"] if "all" in args.arms else list(args.arms)
+    require(unlabeled or "bridge_own_prompts" not in arms, "--arms bridge_own_prompts: needs --unlabeled-data")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
-    cli.require_positive(args, "seeds jobs nproc")
-    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
-    if embedded:
+    require(all(n > 0 for n in args.labels) and sorted(set(args.labels)) == list(args.labels),
+            f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
+    cli.require_positive(args, "seeds jobs nproc pilot_problems pilot_steps")
+    require(args.pilot_samples >= pilot.GROUP, f"--pilot-samples {args.pilot_samples}: give {pilot.GROUP}, a group, or more")
+    require(not args.pilot or (len(args.labels) < 2 and args.seeds == 1), "--pilot: one budget and one seed at a time")
+
+    # ---- problems: labeled ones for each budget, held out ones, prompts of the dense stages
+    out, q = Path(args.out), shlex.quote
+    if not args.teacher:
         require(
             (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
             "--train-data and --benchmarks need --teacher and --student; without them the embedded world has its own",
         )
-        toy_settings(args)
+        worlds.fill_in(args)
         world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
-        stages.execute(out / "world", "toy.json", lambda: world, [], 1, None)
+        stages.execute(out / "world", "toy.json", lambda: world, 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
     else:
         require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
         train, heldout = dataset.split_labels(args.train_data, "--train-data", out / "data")
     data = {"labeled": train, "prompts": train, "heldout": heldout}
+    if unlabeled:
+        spec = args.unlabeled_data or f"{out}/world/unlabeled.jsonl"
+        prompts = dataset.load_problems(spec, "--unlabeled-data", need_answers=False, answers=False)
+        data["prompts"] = dataset.write_problems(out / "data/unlabeled.jsonl", prompts, f"--unlabeled-data {spec}")
+    labeled = dataset.load_problems(train, "--train-data", need_answers=True)
+    budgets = {None: data}
+    if args.labels:
+        require(args.labels[-1] <= len(labeled), f"--labels {args.labels[-1]}: {train} has only {len(labeled)} problems")
+        files = {n: out / f"data/labels{n}.jsonl" for n in args.labels}
+        files = {n: dataset.write_problems(path, labeled[:n], train) for n, path in files.items()}
+        budgets = {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
+    if args.pilot:
+        pilot.run(args, labeled[: args.labels[0]] if args.labels else labeled, out / "pilot", args.seed)
+        return
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
 
-    def at(stage, seed):
-        return out / f"seed{seed}" / stage
+    def at(stage, seed, budget):
+        budgeted = budget is not None and stage in STAGES and depends_on_budget(stage, unlabeled)
+        return (out / f"labels{budget}" if budgeted else out) / f"seed{seed}" / stage
 
     # ---- the stages that the arms need
     wanted = {stage for arm in arms for stage in ARMS[arm]}
     for stage in reversed(STAGES):
         wanted |= set(before(stage)) if stage in wanted else set()
     wanted = [stage for stage in STAGES if stage in wanted]
+    runs = list(dict.fromkeys((at(s, seed, b), s, seed, b) for s in wanted for b in budgets for seed in seeds))
+    runs = list({folder: (folder, *rest) for folder, *rest in reversed(runs)}.values())[::-1]
 
     # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
     dense = any(STAGES[stage][0] != "grpo.py" for stage in wanted)
-    if dense and not any(run_folder.finished(at(stage, seed)) for seed in seeds for stage in wanted):
+    if dense and not any(run_folder.finished(folder) for folder, *_ in runs):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
         flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
         stages.call(f"opd.py --preflight-only {models} {flags}")
 
     # ---- train, then measure the base models and what every stage made
     tasks, names = {}, [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
-    for stage in wanted:
-        for seed in seeds:
-            folder, here = at(stage, seed), partial(at, seed=seed)
-            command = partial(command_of, stage, args, data, here, seed)
-            inputs = [here(one) for one in before(stage)]
-            log = folder.with_suffix(".log") if jobs > 1 else None
-            run = partial(stages.execute, folder, "run.json", command, inputs, args.nproc, log)
-            tasks[stage, seed] = [(one, seed) for one in before(stage)], run
-    for stage in ["base", "teacher_base", *wanted]:
-        for seed in seeds:
-            model = {"base": args.student, "teacher_base": args.teacher}.get(stage, str(at(stage, seed)))
-            folder = at(f"eval/{stage}", seed)
-            command = f"eval_math.py --model {q(model)} --benchmarks {shlex.join(args.benchmarks)} "
-            command += f"--out {q(str(folder))} --seed {seed} {args.eval_flags}"
-            log = at(f"eval_{stage}.log", seed) if jobs > 1 else None
-            done = f"{names[-1]}/summary.json"
-            run = partial(stages.execute, folder, done, lambda c=command: c, [Path(model)], args.nproc, log)
-            tasks["eval", stage, seed] = [(stage, seed)] if stage in wanted else [], run
+    for folder, stage, seed, budget in runs:
+        here = partial(at, seed=seed, budget=budget)
+        command = partial(command_of, stage, args, budgets[budget], here, seed)
+        inputs = [here(one) for one in before(stage)]
+        log = folder.with_suffix(".log") if jobs > 1 else None
+        tasks[folder] = inputs, partial(stages.execute, folder, "run.json", command, args.nproc, log)
+    bases = {"base": args.student, "teacher_base": args.teacher}
+    measured = [(out / f"seed{seed}" / name, Path(model), seed) for name, model in bases.items() for seed in seeds]
+    for folder, model, seed in [*measured, *((folder, folder, seed) for folder, _, seed, _ in runs)]:
+        results = folder.parent / "eval" / folder.name
+        command = f"eval_math.py --model {q(str(model))} --benchmarks {shlex.join(args.benchmarks)} "
+        command += f"--out {q(str(results))} --seed {seed} {args.eval_flags}"
+        log = folder.parent / f"eval_{folder.name}.log" if jobs > 1 else None
+        run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, args.nproc, log)
+        tasks[results] = [folder] if folder in tasks else [], run
     stages.run_all(tasks, jobs)
-    report.write(out, names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
+    report.write(out, at, list(budgets), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/flags.md
 """What the training loops of grpo.py, fkl_warmup.py and opd.py share: the flags of the plumbing, said once, and the few
 functions that all three call. Everything further down is in infra/; the algorithms are in the scripts."""
 
@@ -14,6 +14,8 @@ from transformers import AutoConfig
 
 from infra import dataset, parallel
 from infra.cli import require, require_positive
+from infra.prompts import INSTRUCTION, policy_flag, render_all
+from infra.reward import OwnReward
 from infra.sampler_hf import HFSampler
 
 
@@ -66,12 +68,12 @@ class RolloutArgs:
     """from problems to responses: the data, the prompt, the sampler"""
 
     train_data: str = "open-r1/DAPO-Math-17k-Processed"
-    """problems: hub id (name, name:config, name:config:split) or local .jsonl/.json/.parquet; grpo.py needs answers"""
+    """problems: hub id (name, name:config, name:config:split) or local .jsonl/.json/.parquet/.csv; grpo.py needs answers"""
     prompt_column: str | None = None
     """column of the problem's text or chat; none: problem, question or prompt, the first there is"""
     answer_column: str | None = None
     """column of the reference answer; none: answer, solution or reward_model.ground_truth, the first there is"""
-    instruction: str = dataset.INSTRUCTION
+    instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking); with a teacher, the student's"""
@@ -162,11 +164,10 @@ def make_sampler(args, model, path, tokenizer, dtype, longest_prompt, **sampling
 
 
 def count_steps(args, count: int, per_step: int, flag: str) -> int:
-    """Steps of a run over `count` problems or rollouts, `per_step` of them a step as `flag` says; the last wraps around.
-    Raises UsageError if a step would need more than there are."""
-    rollouts = flag == "--rollouts-per-step"
-    have, more = ("rollouts", ", or raise --rollouts-per-prompt") if rollouts else ("problems of --train-data", "")
-    require(per_step <= count, f"{flag} {per_step} is more than the {count} {have}; use at most that{more}")
+    """Steps of a run over `count` problems, `per_step` of them a step, as `flag` says; the last step wraps around. A step
+    may be larger than the data, as with few labels: it then passes over the problems again, with fresh samples."""
+    if per_step > count:
+        print(f"{flag} {per_step}: a step passes over the {count} problems {per_step / count:.1f} times, sampling anew")
     return args.max_steps or -(-args.epochs * count // per_step)
 
 
@@ -184,13 +185,14 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:
     """Rewards of the responses, an entry of `problems` for each, from the grader of rank 0."""
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    return parallel.on_rank_zero(grader.grade, texts, [problem.answer for problem in problems])
+    references = problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
+    return parallel.on_rank_zero(grader.grade, texts, references)
 
 
-def load_eval(args, tokenizer):
+def load_eval(args, tokenizer, need_answers: bool = True):
     """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
-    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers=True) if args.eval_every else []
-    return problems, [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
+    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers) if args.eval_every else []
+    return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 
 def evaluate(args, step: int, last: bool, sampler, tokenizer, grader, eval_set) -> dict[str, float]:

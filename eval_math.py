@@ -2,16 +2,17 @@
 """Measure a checkpoint on math benchmarks: avg@k and pass@k with a bootstrap interval, every generation kept.
 
 Prompt and grader are those of training. Sampling defaults are the paper's: temperature 0.7, top-p 0.8, top-k 20, 16
-samples a problem. `--compare A B` gives the paired difference of two result folders instead.
+samples a problem. Killed, the same line goes on where it was. `--compare A B` gives the paired difference of two result
+folders instead, `--regrade FOLDER` grades one again.
 
     python eval_math.py --model ckpt/bridge --benchmarks math500 aime24 aime25 --out results/bridge
     python eval_math.py --model ckpt/bridge --benchmarks problems.jsonl --samples 4
     python eval_math.py --compare results/bridge results/direct_grpo
+    python eval_math.py --regrade results/bridge --grader boxed
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Literal
@@ -19,10 +20,12 @@ from typing import Literal
 import numpy as np
 
 import common
-from infra import cli, dataset, models, parallel, run_folder
+from infra import cli, dataset, evaluation, models, parallel, preflight, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.grader import Grader
+from infra.prompts import INSTRUCTION, render_all
+from infra.samples_page import token_texts
 
 HUB = {
     "math500": "HuggingFaceH4/MATH-500:default:test",
@@ -37,11 +40,15 @@ class Args:
     model: str | None = None
     """checkpoint to measure: hub id or local folder of a causal LM with a chat template"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
-    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, or local .jsonl/.parquet files"""
+    """math500, aime24, aime25, gsm8k (from the hub), any hub dataset name:config:split, local .jsonl/.json/.parquet/.csv"""
     out: str | None = None
-    """results go to OUT/BENCHMARK/; default: results/ and the model's name"""
+    """results go to OUT/BENCHMARK/; default: results/ and the last two parts of the model's path"""
+    overwrite: bool = False
+    """measure again what is there, finished or not; else a finished benchmark is skipped, a killed one continued"""
     compare: tuple[str, str] | None = None
     """two result folders A B: print the paired difference A - B instead of measuring a model"""
+    regrade: str | None = None
+    """a result folder: grade its saved responses again, with today's grader and --grader, instead of measuring a model"""
     limit: int | None = None
     """only the first so many problems of each benchmark"""
     samples: int = 16
@@ -62,7 +69,7 @@ class Args:
     """share of the GPU's memory for vLLM's weights and cache"""
     vllm_tp: int = 1
     """GPUs that share vLLM's copy of the weights"""
-    instruction: str = dataset.INSTRUCTION
+    instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
@@ -81,47 +88,107 @@ def pass_at_k(rewards: np.ndarray, k: int) -> float:
     return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in rewards.sum(1)]))
 
 
-def read_results(folder: str) -> dict[str, dict[str, float]]:
-    """{benchmark: {problem: mean reward}} of a result folder, which is one benchmark's or holds several."""
-    paths = sorted([*Path(folder).glob("generations.jsonl"), *Path(folder).glob("*/generations.jsonl")])
-    results = {path.parent.name: dataset.mean_rewards(str(path), "--compare") for path in paths}
-    require(results, f"--compare {folder}: no generations.jsonl there; give a folder that eval_math.py wrote")
-    return results
+def figures(rewards: np.ndarray) -> dict:
+    """Of rewards (P, samples), 0 or 1."""
+    samples = rewards.shape[1]
+    powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < samples] + [samples]
+    return {
+        "accuracy": float(rewards.mean()),  # avg@samples
+        "ci95": bootstrap_ci95(rewards.mean(1)),
+        "pass_at_k": {str(k): pass_at_k(rewards, k) for k in powers},
+    }
+
+
+def grade(args: Args, texts: list[str], answers: list[str]) -> tuple[list[float], dict]:
+    """Rewards of the responses, and what the grader has counted."""
+    with Grader(args.grader) as grader:
+        return grader.grade(texts, answers), {"unparsable": grader.unparsable, "grader_timeouts": grader.timeouts}
 
 
 def compare(folder_a: str, folder_b: str) -> dict[str, dict]:
     """Paired difference A - B of mean accuracy per benchmark, problems resampled in pairs."""
-    a, b = read_results(folder_a), read_results(folder_b)
+    a, b = evaluation.find_results(folder_a, "--compare"), evaluation.find_results(folder_b, "--compare")
     if len(a) == len(b) == 1:  # two single benchmarks are compared whatever their folders are called
         b = dict(zip(a, b.values(), strict=True))
-    shared = [name for name in a if name in b]
-    require(shared, f"--compare: {folder_a} and {folder_b} share no benchmark")
+    require(a.keys() & b.keys(), f"--compare: {folder_a} and {folder_b} share no benchmark")
+    alone = sorted(a.keys() ^ b.keys())
+    if alone:
+        print(f"--compare: {' '.join(alone)} left out, which only one of them has")
     report = {}
-    for name in shared:
+    for name in [name for name in a if name in b]:
+        by_a, by_b = [dataset.mean_rewards(str(f / "generations.jsonl"), "--compare") for f in (a[name], b[name])]
         require(
-            a[name].keys() == b[name].keys(),
+            by_a.keys() == by_b.keys(),
             f"--compare: {name} was measured on different problems; run both with the same --benchmarks and --limit",
         )
-        difference = np.array([a[name][problem] - b[name][problem] for problem in a[name]])  # (P,)
+        difference = np.array([by_a[problem] - by_b[problem] for problem in by_a])  # (P,)
         report[name] = {
             "difference": float(difference.mean()),
             "ci95": bootstrap_ci95(difference),
             "problems": len(difference),
+            "warnings": evaluation.incomparable(a[name], b[name]),
         }
     return report
 
 
+def print_comparison(folder_a: str, folder_b: str) -> None:
+    for name, row in compare(folder_a, folder_b).items():
+        for warning in row["warnings"]:
+            print(f"warning: {name}: {warning}")
+        (low, high), problems = row["ci95"], row["problems"]
+        print(f"{name}: {row['difference']:+.4f}  95 % interval [{low:+.4f}, {high:+.4f}]  ({problems} problems, paired)")
+
+
+def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], result: evaluation.Result) -> None:
+    """Sample what a killed process has not sampled yet, grade all, and write the result."""
+    name, start, number = result.folder.name, time.time(), {p.key: i for i, p in enumerate(problems)}
+    known = {number[key]: responses for key, responses in result.known.items() if key in number}
+    with cli.progress_bar(len(prompts) * args.samples, name, "response") as bar:
+        bar.update(len(known) * args.samples)
+        responses = sampler.sample(
+            prompts,
+            args.samples,
+            seed=(args.seed,),
+            progress=bar,
+            known=known,
+            keep=lambda some: result.keep({problems[i].key: responses for i, responses in some.items()}),
+        )
+    if parallel.rank():
+        return
+    texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+    of_response = [p for p in problems for _ in range(args.samples)]
+    rewards, counted = grade(args, texts, [p.answer for p in of_response])
+    rows = evaluation.rows_of(of_response, args.samples, responses, texts, rewards)
+    summary = {
+        **figures(np.array(rewards).reshape(-1, args.samples)),
+        "truncated_frac": float(np.mean([r.truncated for r in responses])),
+        "response_length": float(np.mean([len(r.ids) for r in responses])),
+        "problems": len(problems),
+        "samples": args.samples,
+        "out_of_vocab": sum(r.out_of_vocab for r in responses),
+        **counted,
+        "kept_problems": len(known),
+        "seconds": round(time.time() - start, 1),
+        "command": run_folder.command_line(),
+        "regraded": None,
+    }
+
+    def tokens_of(k: int):
+        return token_texts(tokenizer, responses[k].ids), [round(-x, 4) for x in responses[k].sampler_logprobs]
+
+    result.finish(rows, summary, tokens_of)
+    evaluation.show(result.folder, summary)
+
+
 def main(args: Args) -> None:
-    if args.compare:
-        for name, row in compare(*args.compare).items():
-            print(
-                f"{name}: {row['difference']:+.4f}  95 % interval [{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]  "
-                f"({row['problems']} problems, paired)"
-            )
+    if args.compare or args.regrade:
+        require(not (args.compare and args.regrade), "--compare and --regrade: give one of them")
+        if not parallel.rank():
+            print_comparison(*args.compare) if args.compare else evaluation.regrade(args, grade, figures)
         return
 
     # ---- check what was typed, before anything expensive
-    require(args.model, "--model: give a checkpoint to measure, or --compare A B")
+    require(args.model, "--model: give a checkpoint to measure, or --compare A B, or --regrade FOLDER")
     cli.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     common.choose_sampler(args, training=False)
     names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
@@ -130,84 +197,35 @@ def main(args: Args) -> None:
         args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0,
         "--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0",
     )
-    benchmarks = {}
-    for name in args.benchmarks:
-        benchmarks[dataset.benchmark_name(name)] = dataset.load_problems(
-            HUB.get(name, name), "--benchmarks", need_answers=True
-        )[: args.limit]
-    out = run_folder.make_out(args.out or Path("results") / Path(args.model).name)
+    specs = dict(zip(names, [HUB.get(benchmark, benchmark) for benchmark in args.benchmarks], strict=True))
+    whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=True) for name, spec in specs.items()}
+    problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     device, dtype = models.device_and_dtype(args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    prompts = {name: render_all(tokenizer, some, args.instruction, args.thinking) for name, some in problems.items()}
+
+    # ---- what is measured already is left alone
+    out = Path(args.out or evaluation.default_out(args.model))
+    results = {name: evaluation.Result(out / name, args, specs[name], whole[name]) for name in names}
+    for result in results.values():
+        if result.summary:
+            evaluation.show(result.folder, result.summary, " finished before; --overwrite measures it again")
+    names = [name for name in names if not results[name].summary]
+    if not names:
+        return
+
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
         model = models.load_model(args.model, "--model", device, dtype, trainable=False)
-    rendered = {
-        name: [dataset.render_prompt(tokenizer, p, args.instruction, args.thinking) for p in problems]
-        for name, problems in benchmarks.items()
-    }
-    sampler = common.make_sampler(
-        args,
-        model,
-        args.model,
-        tokenizer,
-        dtype,
-        longest_prompt=max(len(prompt) for prompts in rendered.values() for prompt in prompts),
-        top_p=args.top_p,
-        top_k=args.top_k,
-    )
-
-    for name, problems in benchmarks.items():
-        start = time.time()
-        prompts = rendered[name]
-        with cli.progress_bar(len(prompts) * args.samples, name, "response") as bar:
-            responses = sampler.sample(prompts, args.samples, seed=(args.seed,), progress=bar)
-        with Grader(args.grader) as grader:
-            of_response = [p for p in problems for _ in range(args.samples)]
-            rewards = common.grade(grader, tokenizer, [r.ids for r in responses], of_response)
-        if parallel.rank():
-            continue
-        by_problem = np.array(rewards).reshape(-1, args.samples)  # (P, samples)
-        powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < args.samples] + [args.samples]
-        summary = {
-            "accuracy": float(by_problem.mean()),  # avg@samples
-            "ci95": bootstrap_ci95(by_problem.mean(1)),
-            "pass_at_k": {k: pass_at_k(by_problem, k) for k in powers},
-            "truncated_frac": float(np.mean([r.truncated for r in responses])),
-            "response_length": float(np.mean([len(r.ids) for r in responses])),
-            "problems": len(problems),
-            "samples": args.samples,
-            "out_of_vocab": sum(r.out_of_vocab for r in responses),
-            "unparsable": grader.unparsable,
-            "grader_timeouts": grader.timeouts,
-            "seconds": round(time.time() - start, 1),
-            "command": run_folder.command_line(),
-            "args": asdict(args),
-        }
-        (out / name).mkdir(parents=True, exist_ok=True)
-        with (out / name / "generations.jsonl").open("w") as file:
-            for k, (response, reward) in enumerate(zip(responses, rewards, strict=True)):
-                problem = problems[k // args.samples]
-                file.write(
-                    json.dumps(
-                        {
-                            "problem": problem.text,
-                            "answer": problem.answer,
-                            "sample": k % args.samples,
-                            "reward": reward,
-                            "length": len(response.ids),
-                            "truncated": response.truncated,
-                            "response": tokenizer.decode(response.ids, skip_special_tokens=True),
-                        }
-                    )
-                    + "\n"
-                )
-        (out / name / "summary.json").write_text(json.dumps(summary, indent=2))
-        low, high = summary["ci95"]
-        print(
-            f"{name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "
-            f"pass@{args.samples} {summary['pass_at_k'][args.samples]:.4f}  {len(problems)} problems x {args.samples}  "
-            f"length {summary['response_length']:.0f}  truncated {summary['truncated_frac']:.3f}  -> {out / name}/"
-        )
+    else:
+        models.check_checkpoint(args.model, "--model", dtype)
+    longest_prompt = max(len(prompt) for name in names for prompt in prompts[name])
+    sampling = {"longest_prompt": longest_prompt, "top_p": args.top_p, "top_k": args.top_k}
+    sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, **sampling)
+    for name in names:
+        measure(args, sampler, tokenizer, problems[name], prompts[name], results[name])
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 
 import common
-from infra import batches, cli, dataset, models, parallel, plan, run_folder, telemetry
+from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
-from infra.grader import Grader
 from infra.meter import Meter
+from infra.prompts import render_prompts
+from infra.reward import make_grader
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
@@ -31,8 +32,9 @@ class Args(common.RunArgs, common.RolloutArgs):
     """policy to train: hub id or local folder of a causal LM with a chat template"""
     out: str = "ckpt/grpo"
     """output folder: Hugging Face checkpoint, metrics.jsonl, run.json"""
-    grader: Literal["math", "boxed"] = "math"
-    """math: math-verify on the last box; boxed: string equality of the box's contents, as the authors do"""
+    grader: str = "math"
+    """math: math-verify on the last box; boxed: string equality of the box's contents, as the authors do; FILE.py:FUNCTION:
+    a reward of your own (infra/reward.py)"""
 
     # algorithm
     prompts_per_step: int = 512
@@ -90,14 +92,17 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(policy, frozen, policy, args.prompts_per_step * G, updates))
 
     # ---- problems and prompts
-    problems = dataset.load_problems(args.train_data, "--train-data", True, args.prompt_column, args.answer_column)
+    grader = make_grader(args.grader)
+    labeled = grader.uses_labels
+    problems = dataset.load_problems(args.train_data, "--train-data", labeled, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.model, "--model")
-    problems, [prompts] = dataset.render_prompts(args, problems, [tokenizer], [args.thinking])
-    eval_set = common.load_eval(args, tokenizer)
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
+    problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
+    eval_set = common.load_eval(args, tokenizer, labeled)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = run_folder.Run(args, total_steps)
+    run = run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.model, "--model", device, dtype, True, args.hybrid_shard)
@@ -108,7 +113,6 @@ def main(args: Args) -> None:
     stream = dataset.ProblemStream(len(problems), args.seed)
     step = run.resume(model, optimizer, stream)
     sampler = common.make_sampler(args, model, args.model, tokenizer, dtype, max(map(len, prompts + eval_set[1])))
-    grader = Grader(args.grader)
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="surprisal")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
@@ -133,7 +137,7 @@ def main(args: Args) -> None:
         for draw in range(1 + args.dynamic_sampling):
             batch = stream.take(args.prompts_per_step)
             sampled = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
-            run.consult(problems[i] for i in batch)
+            run.consult(problems[i] for i in batch if labeled)
             asked = [problems[i] for i in batch for _ in range(G)]
             rewards = common.grade(grader, tokenizer, [r.ids for r in sampled], asked)
             drawn += [(i, sampled[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]

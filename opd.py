@@ -21,6 +21,7 @@ from infra import batches, cli, dataset, models, parallel, plan, preflight, run_
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence
 
@@ -78,12 +79,12 @@ def main(args: Args) -> None:
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
-    problems, [prompts, teacher_prompts] = dataset.render_prompts(args, problems, both, thinking)
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)

@@ -1,5 +1,5 @@
 # docs/toy.md
-"""Two small worlds in which the whole recipe runs on a CPU: two base models and four sets of problems in about two minutes.
+"""Two small worlds in which the whole recipe runs on a CPU: two base models and five sets of problems in about two minutes.
 
 The base models are pretrained on demonstrations that mix behaviours, the good one inside but rare: a sparse 0/1 reward can
 find it, a raw teacher passes on the mix.
@@ -25,7 +25,7 @@ Answers come out as 0 15 %, 5 10 %, other even digits 11 %, other odd digits 8 %
 The student has seen hasty lists (0.3) and guesses, and never a star: what the teacher does well lies outside of what the
 student would ever sample, and what the student does lies inside of what the teacher knows.
 
-The four sets share no problem; a demonstration shows one of their problems now and then, as any of its kind.
+The sets share no problem; a demonstration shows one of their problems now and then, as any of its kind.
 
 Lengths, end of turn included: n operations take 2n+4 prompt tokens and 6n+4 response tokens as a chain (4 as a guess),
 n swaps 3n+8 and 9n+4: at most 16 + 40 and 26 + 58 at the default 6. Now and then a base model repeats a step and runs a
@@ -54,6 +54,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from infra import cli, run_folder
 from infra.cli import require
+from infra.files import write_aside
 
 SYMBOLS = [*"0123456789", *"+-*", "=", "?", ",", "\\boxed{", "}"]
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -89,6 +90,8 @@ class Args:
     """problems to look at while developing"""
     test_size: int = 512
     """problems for the final figures"""
+    unlabeled_size: int = 2048
+    """problems without an answer, prompts of the bridge where labels are scarce"""
     min_ops: int = 3
     """fewest operations (swaps) in a problem"""
     max_ops: int = 6
@@ -325,25 +328,32 @@ def make_model(args, hidden, layers):
     return model
 
 
-def write_problems(args):
-    """Writes the four sets, returns dev."""
-    os.makedirs(args.out, exist_ok=True)
-
-    sizes = {name: getattr(args, f"{name}_size") for name in ("train", "heldout", "dev", "test")}
-    rng = np.random.default_rng(args.seed)
-    rows, answers = render(rng, draw(rng, 2 * sum(sizes.values()), args), args, "guess")
+def distinct_problems(args, seed, count, taken=()):
+    """{problem: answer} of `count` problems that differ from each other and from those `taken`."""
+    rng = np.random.default_rng(seed)
+    rows, answers = render(rng, draw(rng, 2 * count, args), args, "guess")
     texts = ["".join(SYMBOLS[i] for i in row if i < len(SYMBOLS)).split("\\")[0] for row in rows]
-    unique = list(dict(zip(texts, answers, strict=True)).items())
+    unique = {text: answer for text, answer in zip(texts, answers, strict=True) if text not in taken}
     require(
-        len(unique) >= sum(sizes.values()),
+        len(unique) >= count,
         f"--max-ops {args.max_ops}: only {len(unique)} distinct problems; "
         f"raise it or ask for fewer problems (--train-size ...)",
     )
-    splits = {}
-    for name, size in sizes.items():
-        splits[name], unique = [{"problem": p, "answer": str(a)} for p, a in unique[:size]], unique[size:]
-        with open(os.path.join(args.out, f"{name}.jsonl"), "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in splits[name])
+    return dict(list(unique.items())[:count])
+
+
+def write_problems(args):
+    """Writes the five sets, returns dev. The unlabeled one has a stream of its own: its size changes no other set."""
+    os.makedirs(args.out, exist_ok=True)
+    sizes = {name: getattr(args, f"{name}_size") for name in ("train", "heldout", "dev", "test")}
+    labeled = distinct_problems(args, args.seed, sum(sizes.values()))
+    rows = iter([{"problem": text, "answer": str(answer)} for text, answer in labeled.items()])
+    splits = {name: [next(rows) for _ in range(size)] for name, size in sizes.items()}
+    unlabeled = distinct_problems(args, [args.seed, 1], args.unlabeled_size, taken=labeled)
+    splits["unlabeled"] = [{"problem": text} for text in unlabeled]
+    for name, split in splits.items():
+        with open(os.path.join(args.out, f"{name}.jsonl"), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in split)
     return splits["dev"]
 
 
@@ -382,8 +392,7 @@ def main(args: Args):
             print(f"{role}: " + "  ".join(f"{k} {v}" for k, v in report[role].items()))
     report["seconds"] = round(time.time() - start, 1)
     print(f"{args.out}: {report['seconds']} s")
-    with open(os.path.join(args.out, "toy.json"), "w") as f:
-        json.dump(report, f, indent=1)
+    write_aside(os.path.join(args.out, "toy.json"), json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

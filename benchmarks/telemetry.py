@@ -117,9 +117,9 @@ def time_probe(state) -> None:
         self.canary_tolerance = tolerance
         return responses
 
-    def generate_again(self, prompts, params, progress=None):
+    def generate_again(self, prompts, params, progress=None, finished=None):
         if state["kind"] != "probe" or prompts[0] is not self.probe:
-            return generate(self, prompts, params, progress)
+            return generate(self, prompts, params, progress, finished)
         engine, seconds, outputs = self.llm.llm_engine, {0: [], 1: []}, {}
         step = engine.step
         for leave_out in (0, 1, 1, 0, 0, 1):

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """From prompts and responses of many lengths to micro-batches, and through a model to the hidden states of the responses."""
 
 import torch

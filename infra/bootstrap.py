@@ -1,5 +1,5 @@
 # docs/report.md
-"""Bootstrap intervals over problems and seeds."""
+"""Bootstrap intervals over problems and seeds, and the verdict they allow."""
 
 import functools
 
@@ -19,3 +19,7 @@ def bootstrap_ci95(values: np.ndarray, resamples: int = 10_000) -> list[float]:
     seeds, problems = (drawn(count, resamples, axis) for axis, count in enumerate(values.shape))  # (R, S), (R, P)
     means = ((seeds @ values) * problems).sum(1) / values.size
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def verdict(ci95: list[float]) -> str:
+    return "holds" if ci95[0] > 0 else "reversed" if ci95[1] < 0 else "not resolved"

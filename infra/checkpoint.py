@@ -1,4 +1,4 @@
-# docs/scaling.md
+# docs/resuming.md
 """Checkpoints to resume from: model, optimizer, and where the run stands in its data and metrics. Each is written aside
 and then renamed, so that a run killed at any moment, saving included, leaves the one before it whole. Written by
 torch.distributed.checkpoint: a run may go on with another number of ranks."""
@@ -9,21 +9,46 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from infra import parallel
+from infra.files import full_disk, read_record
+
+
+def folders(out: str | Path) -> list[Path]:
+    """The checkpoints in the run folder `out`, whole or not, oldest first."""
+    return sorted(Path(out).glob("checkpoints/step_*[0-9]"), key=step)
 
 
 def whole(out: str | Path) -> list[Path]:
     """The whole checkpoints in the run folder `out`, oldest first."""
-    return sorted(Path(out).glob("checkpoints/step_*[0-9]"))
+    return [folder for folder in folders(out) if not damage(folder)]
 
 
 def latest(out: str | Path) -> Path | None:
     """The newest whole checkpoint in the run folder `out`."""
-    return max(whole(out), default=None)
+    return max(whole(out), default=None, key=step)
+
+
+def damage(folder: Path) -> str | None:
+    """What is missing of a checkpoint that was copied half; None for a whole one. Reads no more than its state.json, which
+    has the size of every file."""
+    state = read_record(folder / "state.json")
+    if state is None:
+        return "state.json is missing or torn"
+    sizes = state.get("files", {}).items()
+    wrong = [name for name, size in sizes if not (folder / name).exists() or (folder / name).stat().st_size != size]
+    return f"{wrong[0]} is missing or cut" if wrong else None
+
+
+def going_on(out: str | Path) -> str:
+    """What to do behind a write to `out` that failed: how much is free there, what is whole, how to go on."""
+    newest, free = latest(out), shutil.disk_usage(out).free / 1e9
+    way = f"{newest} is whole: make room, then run the same command with --resume" if newest else "Make room, and try again"
+    return f"({free:.1f} GB free there). {way}"
 
 
 def step(folder: Path | None) -> int:
@@ -48,7 +73,9 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
                 {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside, no_dist=not dist.is_initialized()
             )
         if parallel.rank() == 0:
-            (aside / "state.json").write_text(json.dumps(state))
+            files = {path.name: path.stat().st_size for path in aside.iterdir()}
+            (aside / "state.json").write_text(json.dumps(state | {"files": files}), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # one of this step that was not whole
             os.replace(aside, folder)
             for old in whole(out)[:-keep_last]:
                 shutil.rmtree(old)
@@ -60,13 +87,24 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
 
 
 def restore(folder: Path, model, optimizer) -> dict:
-    """Load model and optimizer in place, onto any number of ranks; returns the `state` they were saved with."""
+    """Load model and optimizer in place, onto any number of ranks; returns the `state` they were saved with. The optimizer
+    keeps the settings that it was made with, its learning rate say: those of the command line, not the checkpoint's.
+
+    Raises OSError where the folder cannot be read."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer)
     loaded = {"model": model_state, "optimizer": optimizer_state}
-    with _quiet():
-        dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    return json.loads((folder / "state.json").read_text())
+    try:
+        with _quiet():
+            dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        raise OSError(_cause(error)) from error
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _quiet():
@@ -78,4 +116,5 @@ def _cause(error: BaseException) -> str:
     """One line of what went wrong: dcp wraps each rank's exception in one of its own, torch.save hides the disk's."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+    lines = [type(error).__name__, *str(error).strip().splitlines()]
+    return full_disk(error) or getattr(error, "strerror", None) or lines[-1]

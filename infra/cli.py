@@ -1,10 +1,12 @@
-# docs/common.md
+# docs/architecture.md
 """The command line: from what was typed to a script's Args, and from an error to one line and an exit code."""
 
 import ast
 import contextlib
 import inspect
+import os
 import random
+import select
 import sys
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from typing import Annotated, get_type_hints
@@ -14,7 +16,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from infra import parallel
+from infra import checkpoint, parallel
+from infra.files import full_disk
 
 
 class UsageError(ValueError):
@@ -26,9 +29,15 @@ class RunStopped(RuntimeError):
 
 
 def run(main, args_class) -> None:
-    """Parse the command line into `args_class` and call `main(args)`; a UsageError or RunStopped is one line. Under
-    torchrun one rank's failure is reported once and ends all of them."""
+    """Parse the command line into `args_class` and call `main(args)`; a UsageError, a RunStopped or a full disk is one
+    line. Under torchrun one rank's failure is reported once and ends all of them."""
+    with quiet_without_reader():
+        _run(main, args_class)
+
+
+def _run(main, args_class) -> None:
     parallel.setup()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a problem's text may have what the locale has not, as stderr does
     quiet = contextlib.redirect_stderr(None) if parallel.rank() else contextlib.nullcontext()
     with quiet:  # what is wrong with the command line is wrong on every rank
         args = parse(args_class, sys.modules[main.__module__].__doc__)
@@ -37,10 +46,32 @@ def run(main, args_class) -> None:
     except (UsageError, RunStopped) as error:
         parallel.report_failure(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 3)
-    except Exception:
-        parallel.exit_on_failure()
+    except Exception as error:
+        out = next(path for path in (getattr(args, "out", None), ".") if path and os.path.isdir(path))
+        if reason := full_disk(error):
+            parallel.report_failure(f"error: --out {out}: {reason} {checkpoint.going_on(out)}")
+            sys.exit(3)
+        if not isinstance(error, BrokenPipeError):
+            parallel.exit_on_failure()
         raise
     parallel.barrier()  # no rank leaves while another still needs it
+
+
+@contextlib.contextmanager
+def quiet_without_reader():
+    """Within, a reader of stdout that leaves (`| head`) ends the process without a word, as it ends other commands."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(1, 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        sys.exit(141)  # what a shell calls the end by SIGPIPE
 
 
 def parse(args_class, description: str | None):

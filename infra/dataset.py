@@ -1,19 +1,23 @@
-# docs/common.md
-"""From a dataset to prompts: reading problems, their order, the one renderer of prompts."""
+# docs/data.md
+"""Problems: which rows are one, which have answers, what they are known by, and in which order they come."""
 
+import hashlib
 import json
 import random
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from infra.cli import UsageError, require
-from infra.grader import reference_answer
-from infra.hub import first_line, from_hub
+from infra.cli import require
+from infra.columns import cell, read_answer, read_prompt
+from infra.rows import READERS, load_rows, numbered_rows
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+PROMPT_COLUMNS = ("problem", "question", "prompt")  # the first that there is
+ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")  # the first with something in it, row by row
+CONFLICTING = "duplicates with another answer than an earlier row's, which counts"
 
 
 @dataclass(frozen=True)
@@ -21,133 +25,111 @@ class Problem:
     text: str  # the problem itself, or the last user message of a chat prompt
     messages: tuple  # earlier chat messages (a system prompt, say), each {"role", "content"}
     answer: str | None  # reference answer; None for data without labels
+    where: str = field(default="", compare=False, repr=False)  # flag, file and place of its row, for messages
+
+    @property
+    def key(self) -> str:
+        """What a problem is known by in every file: its text, and a digest of the earlier messages if there are any."""
+        if not self.messages:
+            return self.text
+        earlier = json.dumps([(m["role"], m["content"]) for m in self.messages])
+        return f"{self.text}\n[after {hashlib.sha256(earlier.encode()).hexdigest()[:12]}]"
 
 
-def load_rows(spec: str, flag: str) -> list[dict]:
-    """Rows of a local .jsonl / .json / .parquet file, or of a hub dataset `name`, `name:config`, `name:config:split`."""
-    path = Path(spec)
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-        import datasets
-
-        if path.suffix in (".json", ".parquet"):
-            return list(datasets.load_dataset(path.suffix[1:], data_files=spec, split="train"))
-        name, config, split = (spec.split(":", 2) + [None, None])[:3]
-        if config is None:
-            configs = from_hub(lambda: datasets.get_dataset_config_names(name), name)
-            config = next((c for c in ("default", "all") if c in configs), configs[0] if len(configs) == 1 else None)
-            require(config, f"{flag} {spec}: choose a config, {flag} {name}:CONFIG, one of {', '.join(configs)}")
-        return list(from_hub(lambda: datasets.load_dataset(name, config, split=split or "train"), name))
-    except UsageError:
-        raise
-    except Exception as error:  # a missing file, bad JSON, no network: all end the same way for the user
-        raise UsageError(
-            f"{flag} {spec}: cannot read it as a local .jsonl/.parquet file or a hub dataset ({first_line(error)}). "
-            f"Check the path, or the network and the name:config:split"
-        ) from None
+def digest(problems: list[Problem]) -> str:
+    """16 hex digits that stand for the problems with their earlier messages and answers, in order."""
+    return hashlib.sha256(json.dumps([(p.key, p.answer) for p in problems]).encode()).hexdigest()[:16]
 
 
-def load_problems(spec: str, flag: str, need_answers: bool, prompt_column=None, answer_column=None) -> list[Problem]:
-    """Distinct problems of a dataset, in its order; without column names, from the first of the usual ones that it has.
-    Raises UsageError for a missing column or an empty dataset."""
-    rows = load_rows(spec, flag)
-    require(rows, f"{flag} {spec}: the dataset is empty; give one with at least one problem")
-    require(all(isinstance(row, dict) for row in rows), f"{flag} {spec}: every line must be a JSON object")
-    columns = sorted(rows[0])
-    for column, name in ((prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")):
-        require(column is None or column in rows[0], f"{name} {column}: {flag} {spec} has only {', '.join(columns)}")
-    text_key = prompt_column or next((k for k in ("problem", "question", "prompt") if k in rows[0]), None)
-    needed = "a column problem, question or prompt (or --prompt-column)"
-    require(text_key, f"{flag} {spec}: needs {needed}; it has {', '.join(columns)}")
-    problems = {}
-    for number, row in enumerate(rows, 1):
-        prompt, messages, reward_model = row.get(text_key), (), row.get("reward_model")
-        if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt):
-            *messages, last = prompt  # a chat list, as in DAPO-Math-17k
-            prompt = last["content"]
-        require(
-            isinstance(prompt, str) and prompt,
-            f"{flag} {spec}: row {number}: {text_key} must be a text or a list of chat messages",
-        )
-        truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-        candidates = (row.get(answer_column),) if answer_column else (row.get("answer"), row.get("solution"), truth)
-        answer = next((candidate for candidate in candidates if candidate is not None), None)
-        answer = None if answer is None else reference_answer(str(answer))
-        problems.setdefault(prompt, Problem(prompt, tuple(messages), answer))
+def load_problems(
+    spec: str, flag: str, need_answers: bool, prompt_column=None, answer_column=None, answers=True
+) -> list[Problem]:
+    """Distinct problems of a data file or hub dataset, in its order; without column names, from the first of the usual ones
+    that it has. need_answers: leave out problems without one; answers=False: no answer is read. What is merged, left out or
+    doubtful is counted and printed with its first row. Raises UsageError for a missing column, an unusable row or an empty
+    dataset."""
+    rows, data = numbered_rows(spec, flag), f"{flag} {spec}"
+    require(rows, f"{data}: the dataset is empty; give one with at least one problem")
+    columns = sorted({column for _, row in rows for column in row})
+    given = (prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")
+    for column, name in given:
+        known = column is None or any(cell(row, column) is not None for _, row in rows)
+        require(known, f"{name} {column}: {data} has only {', '.join(columns)}")
+    text_column = prompt_column or next((column for column in PROMPT_COLUMNS if column in columns), None)
+    or_prompt, or_answer = [  # they do not hold for the other flags' files
+        f" (or {name})" if flag in ("--train-data", "--label-split") else ""
+        for name in ("--prompt-column", "--answer-column")
+    ]
+    needed = f"a column problem, question or prompt{or_prompt}"
+    require(text_column, f"{data}: needs {needed}; it has {', '.join(columns)}")
+    answer_columns = ((answer_column,) if answer_column else ANSWER_COLUMNS) if answers else ()
+
+    problems, duplicates, found = {}, [], defaultdict(list)
+    for place, row in rows:
+        where = f"{data}, {place}"
+        answer, remark = read_answer(row, answer_columns)
+        problem = Problem(*read_prompt(row, text_column, where), answer, where)
+        first = problems.setdefault(problem.key, problem)
+        if first is not problem:
+            duplicates.append(place)
+            if first.answer is None:
+                problems[problem.key] = problem
+            elif answer not in (None, first.answer):
+                remark = remark or CONFLICTING
+        if remark:
+            found[remark].append(place)
     problems = list(problems.values())
+    if duplicates:
+        distinct = f"{len(problems)} distinct problem{'s' * (len(problems) > 1)}"
+        print(f"{data}: {len(rows)} rows are {distinct}: {len(duplicates)} duplicates (first: {duplicates[0]})")
+    for remark, places in found.items():
+        print(f"{data}: {len(places)} {remark} (first: {places[0]})")
     if need_answers:
         labeled = [p for p in problems if p.answer]
         require(
             labeled,
-            f"{flag} {spec}: needs a column answer, solution or reward_model.ground_truth with the "
-            f"reference answers (or --answer-column); it has {', '.join(columns)}",
+            f"{data}: needs a column answer, solution or reward_model.ground_truth with the "
+            f"reference answers{or_answer}; it has {', '.join(columns)}",
         )
         if len(labeled) < len(problems):
-            print(f"{flag} {spec}: {len(problems) - len(labeled)} problems without an answer left out")
+            first = next(p.where for p in problems if not p.answer)
+            print(f"{data}: {len(problems) - len(labeled)} problems without an answer left out (first: {first})")
         problems = labeled
     return problems
+
+
+def report_ungradable(problems: list[Problem], gradable: list[bool]) -> None:
+    """Say how many reference answers the grader cannot read, by its verdict on each: no response is ever right there."""
+    bad = [problem for problem, fine in zip(problems, gradable, strict=True) if not fine]
+    if bad:
+        first = f"{bad[0].where}: {bad[0].answer[:80]!r}"
+        print(f"warning: the grader cannot read {len(bad)} of {len(problems)} reference answers (first: {first})")
 
 
 def mean_rewards(spec: str, flag: str) -> dict[str, float]:
     """{problem: mean reward of its responses} of the generations.jsonl `spec` of eval_math.py."""
     by_problem = {}
     for row in load_rows(spec, flag):
-        known = isinstance(row, dict) and {"problem", "reward"} <= row.keys()
+        known = isinstance(row.get("problem"), (str, int)) and isinstance(row.get("reward"), (int, float))
         require(known, f"{flag} {spec}: needs problem and reward in every row; give a generations.jsonl of eval_math.py")
-        by_problem.setdefault(row["problem"], []).append(row["reward"])
+        by_problem.setdefault(row["problem"], []).append(float(row["reward"]))
     return {problem: float(np.mean(rewards)) for problem, rewards in by_problem.items()}
 
 
 def paced_weights(spec: str, problems: list[Problem]) -> list[float]:
     """p(1 - p) of every problem (arXiv 2603.11178), p its pass rate in the generations.jsonl `spec` of eval_math.py."""
     rewards = mean_rewards(spec, "--paced")
-    missing = sum(p.text not in rewards for p in problems)
+    missing = sum(p.key not in rewards for p in problems)
     require(
         not missing,
         f"--paced {spec}: lacks {missing} of the {len(problems)} problems; make it by running eval_math.py on --train-data",
     )
-    pass_rates = [rewards[p.text] for p in problems]
+    pass_rates = [rewards[p.key] for p in problems]
     require(
         any(0 < p < 1 for p in pass_rates),
         f"--paced {spec}: every problem is passed always or never, so all weights are 0; raise eval_math.py's --samples",
     )
     return [p * (1 - p) for p in pass_rates]
-
-
-def render_prompt(tokenizer, problem: Problem, instruction: str, thinking: bool) -> list[int]:
-    """Token ids of the chat prompt, ending where the assistant's response begins. The instruction follows the problem
-    on its own line unless the problem already asks for a box."""
-    text = problem.text if not instruction or "\\boxed" in problem.text else f"{problem.text}\n{instruction}"
-    messages = [*problem.messages, {"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=thinking, tokenize=True, return_dict=False
-    )
-
-
-def render_prompts(args, problems, tokenizers, thinking):
-    """Render every problem of --train-data with each tokenizer; a problem too long for any one of them is dropped. thinking:
-    whether that tokenizer's template opens a thinking block.
-
-    Returns (kept problems, [prompt ids of the kept problems] for each tokenizer). Raises UsageError if none is left."""
-    flag, max_prompt_tokens = "--train-data", args.max_prompt_tokens
-    rendered = [
-        [render_prompt(tok, p, args.instruction, think) for p in problems]
-        for tok, think in zip(tokenizers, thinking, strict=True)
-    ]
-    longest = [max(lengths) for lengths in zip(*[[len(ids) for ids in one] for one in rendered], strict=True)]
-    keep = [i for i, length in enumerate(longest) if length <= max_prompt_tokens]
-    require(
-        keep,
-        f"{flag}: all {len(problems)} prompts are longer than --max-prompt-tokens {max_prompt_tokens} "
-        f"(shortest {min(longest)}); raise it",
-    )
-    if len(keep) < len(problems):
-        print(
-            f"{flag}: {len(problems) - len(keep)} of {len(problems)} problems dropped, longer than "
-            f"--max-prompt-tokens {max_prompt_tokens}"
-        )
-    return [problems[i] for i in keep], [[one[i] for i in keep] for one in rendered]
 
 
 class ProblemStream:
@@ -165,25 +147,32 @@ class ProblemStream:
         return indices[start : start + k].tolist()
 
 
-def split_labels(spec: str, flag: str, folder: Path) -> tuple[str, str]:
+def write_problems(path: Path, problems: list[Problem], source: str) -> str:
+    """Write problems as chat prompts, answers too where they have one; returns the path as text. Raises UsageError where
+    the file holds others than those of `source`."""
+    rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}]} for p in problems]
+    rows = [row | ({} if p.answer is None else {"answer": p.answer}) for row, p in zip(rows, problems, strict=True)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require(
+        not path.exists() or path.read_text(encoding="utf-8") == text,
+        f"{path}: holds other problems than {source}; choose another --out",
+    )
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def split_labels(spec: str, flag: str, folder: str | Path) -> tuple[str, str]:
     """Split the problems of `spec` into files of 80 % and 20 %, shuffled with seed 42; returns FOLDER/train.jsonl and
     FOLDER/heldout.jsonl. Raises UsageError where these hold other problems."""
     problems = load_problems(spec, flag, need_answers=True)
     random.Random(42).shuffle(problems)
     cut = len(problems) * 4 // 5
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "heldout.jsonl"
-    for path, part in zip(paths, (problems[:cut], problems[cut:]), strict=True):
-        rows = [{"prompt": [*p.messages, {"role": "user", "content": p.text}], "answer": p.answer} for p in part]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        require(
-            not path.exists() or path.read_text() == text,
-            f"{path}: holds other problems than {flag} {spec}; choose another --out",
-        )
-        path.write_text(text)
-    return str(paths[0]), str(paths[1])
+    parts = {"train": problems[:cut], "heldout": problems[cut:]}
+    return tuple(write_problems(Path(folder, f"{name}.jsonl"), part, f"{flag} {spec}") for name, part in parts.items())
 
 
 def benchmark_name(spec: str) -> str:
     """Folder name of a benchmark: a file's stem, or the hub spec without its slashes and colons."""
-    return Path(spec).stem if spec.endswith((".jsonl", ".json", ".parquet")) else re.sub("[/:]", "_", spec)
+    path = Path(spec)
+    return path.stem if path.suffix.lower() in READERS else re.sub("[/:]", "_", spec)

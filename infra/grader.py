@@ -2,9 +2,10 @@
 r"""Grades responses against reference answers, 1.0 or 0.0 each: one grader for reward and evaluation alike.
 
 The graded answer is the last \boxed{...} of a response; a response without a usable one scores 0 and is counted.
-kind="math"   equal as mathematics. Identical strings and plain numbers are settled here, exactly; everything else goes
-              to math-verify in child processes. Model output can keep sympy busy for ever, inside C code too, so the
-              kernel kills such a worker at the deadline (score 0, counted) and a new one takes its place.
+kind="math"   equal as mathematics. Identical strings and plain numbers are settled here, exactly; everything else is
+              repaired (grader_latex.py) and read by math-verify in child processes (grader_worker.py). Model output can
+              keep sympy busy for ever, inside C code too, so the kernel kills such a worker at the deadline (score 0,
+              counted) and a new one takes its place.
 kind="boxed"  string equality of the box and the answer, as in the reward of the paper's authors.
 
     with Grader() as grader:
@@ -15,8 +16,6 @@ import json
 import os
 import queue
 import re
-import select
-import signal
 import subprocess
 import sys
 import threading
@@ -24,26 +23,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+
+from infra.grader_latex import scientific
+from infra.grader_readings import SEVERAL, another_form, readings, words_of
 
 MAX_ANSWER_CHARS = 1000  # a longer box is unparsable and never reaches sympy; MATH-500's longest reference has 53
+MAX_WORDS = 3  # of a reference in words: a name or a choice, not a sentence
 CACHED_VERDICTS = 20_000  # some 25 MB at worst
-START_SECONDS = 120.0  # to import sympy, perhaps from a cold network disk; an answer's own deadline starts after it
-NUMBER = re.compile(r"([-+]?)(?:\\?\$)?([1-9][0-9]{0,2}(?:(?:,|\{,\}|\\,|,\\!) ?[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
+NUMBER = re.compile(r"([-+]?)(?:\\?\$)?([1-9][0-9]{0,2}(?:(?:,|(?:\{,\}|\\,|,\\!) ?)[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
 FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac ?\{([0-9]+)\} ?\{([0-9]+)\}|([0-9]+) ?/ ?([0-9]+))")
 # what math-verify drops: the base of 52_8, the power of \text{ cm}^2
 LABEL = re.compile(r"(?:[0-9]_|\\(?:text|mbox|mathrm)\{[^{}]*\}\^)\{?([0-9]+)")
 
 
-def last_boxed(text: str) -> str | None:
+def last_boxed(text: str, bare: bool = False) -> str | None:
     r"""Contents of the last \boxed{...}, braces balanced; None if there is none or it never closes.
 
     Only the very last \boxed counts: if it is cut off or has no braces (`\boxed 5`), no earlier one stands in for it.
     `\boxed{}` gives "". As in TeX, `\{` and `\}` are not braces and `\boxedfoo` is another command.
+    bare: without braces, `\boxed 5`, the next character or command is the contents, as TeX has it.
     """
     start = text.rfind(r"\boxed")
     while start >= 0 and text[start + 6 : start + 7].isalpha():
         start = text.rfind(r"\boxed", 0, start)
     opening = re.compile(r"\s*\{").match(text, start + 6) if start >= 0 else None
+    if bare and start >= 0 and not opening:
+        token = re.compile(r"\s*(\\[A-Za-z]+|[^\s\\}$])").match(text, start + 6)
+        return token and token[1]
     depth = 1
     for token in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()) if opening else ():
         depth += {"{": 1, "}": -1}.get(token[0], 0)
@@ -53,11 +60,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def reference_answer(text: str) -> str:
-    r"""What a data set's column means: GSM8K's closing `#### 1,234`, a solution's last \boxed{}, else the text."""
+    r"""What a data set's column means: GSM8K's closing `#### 1,234`, a solution's last box, `\boxed 2` too, or the text."""
     if closing := re.search(r"(?:^|\n)####([^\n]+)\Z", text.rstrip()):
         answer = closing[1].strip()
         return answer.lstrip("$").replace(",", "") if NUMBER.fullmatch(answer) else answer
-    return (last_boxed(text) or text).strip()
+    return (last_boxed(text, bare=True) or text).strip()
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -95,6 +102,10 @@ def same_at_sight(answer: str, prediction: str) -> bool | None:
         both = answer + prediction
         rounded = "." in both and ("/" in both or "frac" in both)  # math-verify takes 0.333333 for 1/3
         return a == b or (None if rounded and abs(a - b) < abs(a) / 1000 else False)
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
+    if (a := scientific(answer)) and (b := scientific(prediction)):
+        return a == b
     labels = LABEL.findall(answer), LABEL.findall(prediction)
     return False if all(labels) and labels[0] != labels[1] else None
 
@@ -103,8 +114,10 @@ class Grader:
     """Calls from several threads take turns. The counters add up over the grader's life:
 
     unparsable  responses without a usable box: none, cut off, empty, or longer than MAX_ANSWER_CHARS
-    timeouts    responses scored 0 because the worker died on their answer: killed at the deadline, or a crash
+    timeouts    responses scored 0 because their answer could not be judged: a worker killed at the deadline, or a crash
     """
+
+    uses_labels = True
 
     def __init__(self, kind: str = "math", timeout: float = 5.0, workers: int = 2, memory_gb: float = 2.0):
         if kind not in ("math", "boxed"):
@@ -114,7 +127,8 @@ class Grader:
         self.tidy = normalize if kind == "math" else str.strip
         self.kind, self.workers, self.unparsable, self.timeouts = kind, workers, 0, 0
         self.pid, self.lock = os.getpid(), threading.Lock()
-        self.command = [sys.executable, os.path.abspath(__file__), "--worker"]
+        # -P: no file of this folder, which may be called like a library's module, is imported in its place
+        self.command = [sys.executable, "-P", str(Path(__file__).resolve().with_name("grader_worker.py")), "--worker"]
         self.command += [str(self.pid), str(timeout), str(memory_gb)]
         self.pool: ThreadPoolExecutor | None = None  # starts, with the workers, when the first answer needs them
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -138,20 +152,56 @@ class Grader:
                 return [float(pair is not None and pair[0] == pair[1]) for pair in pairs]
             verdicts = {pair: same_at_sight(*pair) for pair in pairs if pair}
             hard = [pair for pair, verdict in verdicts.items() if verdict is None]
-            if hard and not self.pool:
-                self.pool = ThreadPoolExecutor(self.workers, "grader")
-                for _ in range(self.workers):
-                    self.idle.put(Worker(self.command))
-            if hard:
-                verdicts.update(zip(hard, self.pool.map(self.judge, hard), strict=True))
+            verdicts.update(zip(hard, self._all(self.judge, hard), strict=True))
             verdicts[None] = False
             self.timeouts += sum(verdicts[pair] is None for pair in pairs)
             return [float(verdicts[pair] is True) for pair in pairs]
 
+    def gradable(self, answers: list[str]) -> list[bool]:
+        """Whether a response can match the reference at all: found by grading each against another form of itself.
+
+        Not gradable: sentences, several labelled answers, and what math-verify cannot read. With kind="boxed" all are.
+        """
+        if self.kind == "boxed":
+            return [True] * len(answers)
+        tidied = [self.tidy(answer) for answer in answers]
+        verdicts = {answer: self._at_sight(answer) for answer in tidied}
+        hard = [answer for answer, verdict in verdicts.items() if verdict is None]
+        with self.lock:
+            verdicts.update(zip(hard, self._all(self._readable, hard), strict=True))
+        return [bool(verdicts[answer]) for answer in tidied]
+
+    @staticmethod
+    def _at_sight(answer: str) -> bool | None:
+        if not answer or len(answer) > MAX_ANSWER_CHARS or SEVERAL.search(answer):
+            return False
+        words = words_of(answer)
+        return True if plain_number(answer) is not None else None if words is None else len(words.split()) <= MAX_WORDS
+
+    def _all(self, function, items: list) -> list:
+        """function(item) for each, in the threads of the workers, which start here when they are first needed."""
+        if items and not self.pool:
+            self.pool = ThreadPoolExecutor(self.workers, "grader")
+            for _ in range(self.workers):
+                self.idle.put(Worker(self.command))
+        return list(self.pool.map(function, items)) if items else []
+
     def _judge(self, pair: tuple[str, str]) -> bool | None:
+        return self._ask(pair, False)
+
+    def _readable(self, answer: str) -> bool | None:
+        return self._ask((answer, another_form(answer)), True)
+
+    def _ask(self, pair: tuple[str, str], read: bool) -> bool | None:
+        try:
+            pairs = readings(*pair)
+        except Exception:  # a fault of the repairs, on a text that nobody thought of: no reason to end a run
+            return None
+        if not pairs:
+            return False
         worker = self.idle.get()
         try:
-            return worker.ask(*pair)
+            return worker.ask(pairs, read)
         finally:
             self.idle.put(worker)
 
@@ -190,8 +240,8 @@ class Worker:
         with suppress(BrokenPipeError), self.process:  # closes the pipes and waits
             pass
 
-    def ask(self, answer: str, prediction: str) -> bool | None:
-        """math-verify's verdict; None if the worker died over it."""
+    def ask(self, pairs: list[tuple[str, str]], read: bool) -> bool | None:
+        """Whether one of the pairs is equal, as grader_objects.judge says; None if the worker died over it."""
         if self.process.poll() is not None:  # while idle: not this answer's doing
             self.stop()
             self.start()
@@ -201,7 +251,7 @@ class Worker:
         self.ready = True
         line = ""
         with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps([answer, prediction]) + "\n")
+            self.process.stdin.write(json.dumps([pairs, read]) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         reply = json.loads(line) if line.endswith("\n") else {"equal": None, "retire": True}
@@ -209,47 +259,3 @@ class Worker:
             self.stop()
             self.start()
         return reply["equal"]
-
-
-def worker_main(parent: int, timeout: float, memory_gb: float) -> None:
-    import resource
-
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's own action: it kills, whatever the process is doing
-    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
-    memory = int(memory_gb * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # whatever gets evaluated, it writes no file
-    protocol, silence = os.fdopen(os.dup(1), "w", encoding="ascii"), os.open(os.devnull, os.O_RDWR)
-    os.dup2(silence, 1)  # what the libraries print is no verdict
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    os.dup2(silence, 2)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-
-    @lru_cache(1000)
-    def parsed(latex: str) -> list:
-        # the whole box or nothing ("first_match"), never the one number that can be read somewhere inside it
-        return parse(f"\\boxed{{{latex}}}", config, extraction_mode="first_match", parsing_timeout=None)
-
-    print("ready", file=protocol, flush=True)
-    while True:
-        while not select.select([sys.stdin], [], [], 2.0)[0]:
-            if os.getppid() != parent:  # a fork of the parent may hold our pipe open: then there is no end of file
-                return
-        line = sys.stdin.readline()
-        if not line:
-            return
-        signal.setitimer(signal.ITIMER_REAL, timeout)
-        equal = False
-        with suppress(Exception):
-            answer, prediction = json.loads(line)
-            equal = bool(verify(parsed(answer), parsed(prediction), timeout_seconds=None))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        # after a large answer the memory left may be too little for the next one
-        retire = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > memory / 2
-        print(json.dumps({"equal": equal, "retire": retire}), file=protocol, flush=True)
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
-    worker_main(int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/architecture.md
 """What comes from the Hugging Face hub or its cache: tried again where a failure may pass, explained where it may not."""
 
 import functools
@@ -6,6 +6,8 @@ import re
 import sys
 import time
 from pathlib import Path
+
+from safetensors import safe_open
 
 from infra.cli import UsageError
 
@@ -62,9 +64,15 @@ def first_line(error: Exception) -> str:
 
 
 def explain_missing(flag: str, path: str, error: Exception) -> UsageError:
+    """One line for a checkpoint or its tokenizer that a library cannot read."""
     if "custom code" in str(error):
         return UsageError(f"{flag} {path}: brings its own code, which is never run; use a Qwen or Llama checkpoint")
+    for file in sorted(Path(path).glob("*.safetensors")):  # the library names no file
+        try:
+            safe_open(file, "pt").__exit__(None, None, None)
+        except Exception as damage:
+            return UsageError(f"{flag} {path}: cannot load it: {file.name} is damaged ({first_line(damage)}); copy it again")
     return UsageError(
         f"{flag} {path}: cannot load it as a local checkpoint folder or from the Hugging Face hub "
-        f"({first_line(error)}). Check the path, or the network and the hub id"
+        f"({type(error).__name__}: {first_line(error)}). Check the path, or the network and the hub id"
     )

@@ -46,7 +46,7 @@ class Meter:
 
     def total(self, name: str) -> float:
         """A sum so far, over all ranks (a collective)."""
-        return float(parallel.all_reduce(self.sums[name].cpu()))
+        return float(parallel.all_reduce(self.sums[name].clone().cpu()))  # in place, so of a copy
 
     def metrics(self) -> dict[str, float]:
         """{name: value} over all ranks (a collective), and the laps."""

@@ -1,23 +1,33 @@
-# docs/common.md
+# docs/architecture.md
 """Models and tokenizers: where they compute, how they are loaded, clipped and saved."""
 
 import contextlib
 import functools
+import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+import transformers
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from infra import parallel
 from infra.cli import UsageError, require
-from infra.hub import explain_missing, from_hub
+from infra.files import full_disk
+from infra.hub import explain_missing, first_line, from_hub
 from kernels import head_weight
 
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")  # buffers of old checkpoints, computed anew
+PREFIXES = {  # of tensor names, and what puts them there
+    "_orig_mod.": "torch.compile",
+    "module.": "DDP or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT: merge its adapter first (merge_and_unload)",
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -67,7 +77,7 @@ def load_tokenizer(path: str, flag: str):
     """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
     try:
         tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind: what a damaged file makes a library raise
         raise explain_missing(flag, path, error) from None
     require(
         tokenizer.chat_template,
@@ -86,24 +96,105 @@ def load_tokenizer(path: str, flag: str):
 def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard=False, offload=False):
     """Causal LM in eval mode (no dropout, whose noise would break the importance ratio). Trainable weights are float32
     masters (float64 under --dtype float64); frozen ones are stored in the compute dtype. Sharded if there are ranks.
-    With `offload` it waits in the CPU's memory: sharded weights are fetched layer by layer, a whole model by `on_device`."""
+    With `offload` it waits in the CPU's memory: sharded weights are fetched layer by layer, a whole model by `on_device`.
+
+    Raises UsageError as read_checkpoint does."""
     master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
+    if parallel.world_size() == 1:
+        model = read_checkpoint(path, flag, master).to("cpu" if offload else device)
+    else:
+        model = parallel.load_sharded(lambda: read_checkpoint(path, flag, master), master, dtype, hybrid_shard, offload)
+    return model.eval().requires_grad_(trainable)
+
+
+def read_checkpoint(path: str, flag: str, dtype: torch.dtype):
+    """Causal LM of a hub id or local folder, on the CPU, read back: every weight is there, has its shape and is finite, and
+    none is left over. What its configs say and the weights or the training contradict is repaired, with a line: a tied head
+    that is not, dropout, a generation config that could not be saved. Raises UsageError for whatever else is wrong."""
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=master, use_safetensors=True, trust_remote_code=False)
+        config = without_noise(AutoConfig.from_pretrained(path, trust_remote_code=False), flag, path)
+        if Path(path, "generation_config.json").exists():
+            GenerationConfig.from_pretrained(path)  # a damaged one would be ignored below, and its EOS ids with it
+        options = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
 
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports at length what is one line here
     try:
-        if parallel.world_size() == 1:
-            model = from_hub(load, path).to("cpu" if offload else device)
-        else:
-            model = parallel.load_sharded(path, lambda: from_hub(load, path), master, dtype, hybrid_shard, offload)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, report = from_hub(load, path)
+    except UsageError:
+        raise
+    except Exception as error:  # of whatever kind: what a damaged file makes a library raise
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
         raise explain_missing(flag, path, error) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    require_complete(report, flag, path)
+    for name, tensor in model.state_dict().items():
+        finite = not tensor.is_floating_point() or not tensor.numel() or all(map(math.isfinite, tensor.aminmax()))
+        require(finite, f"{flag} {path}: {name} holds nan or inf; the checkpoint is damaged, use another")
     try:
         head_weight(model)
     except ValueError as error:
         raise UsageError(f"{flag} {path}: {error}; use a Qwen or Llama checkpoint") from None
-    return model.eval().requires_grad_(trainable)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not tied:
+        print(f"{flag} {path}: config.json says that the head is tied, and the weights have one of their own, which is kept")
+        model.config.tie_word_embeddings = False
+    repair_generation_config(model, flag, path)
+    return model
+
+
+def check_checkpoint(path: str, flag: str, dtype: torch.dtype) -> None:
+    """For an engine that reads the checkpoint by itself: raise UsageError as read_checkpoint does, and where it would go
+    by config.json's word on the head. Rank 0 reads, into the CPU's memory for a while."""
+    tied = parallel.on_rank_zero(lambda: read_checkpoint(path, flag, dtype).config.tie_word_embeddings)
+    said = AutoConfig.from_pretrained(path).tie_word_embeddings
+    require(tied == said, f"{flag} {path}: set tie_word_embeddings to false in config.json, or use --sampler hf")
+
+
+def without_noise(config, flag: str, path: str):
+    """`config` with every dropout at 0: gradient checkpointing needs the train mode, in which it would make the policy that
+    trains another than the one that sampled."""
+    inner = config.get_text_config()
+    noise = {name: value for name, value in vars(inner).items() if re.search("drop|jitter", name)}
+    noise = {name: value for name, value in noise.items() if type(value) in (int, float) and value}
+    for name, value in noise.items():
+        setattr(inner, name, 0.0)
+        print(f"{flag} {path}: config.json's {name} {value} is set to 0, here and in what is saved")
+    return config
+
+
+def require_complete(report: dict, flag: str, path: str) -> None:
+    """Raise UsageError where transformers' loading report has a weight that is missing, left over, or of another shape."""
+    missing, shapes = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    left = sorted(name for name in report["unexpected_keys"] if not HARMLESS.search(name))
+    cause = "the weights and config.json do not belong together"
+    for prefix, source in PREFIXES.items():
+        if any(name.startswith(prefix) for name in left):
+            cause = f"the prefix {prefix} is left from {source}: save it again with names that do not have it"
+    found = [f"lacks {len(missing)} weights, the first {missing[0]}"] if missing else []
+    found += [f"has {len(left)} that the model does not, the first {left[0]}"] if left else []
+    found += [f"has {name} in shape {list(has)}, not {list(needs)}" for name, has, needs in shapes[:1]]
+    require(not found, f"{flag} {path}: {' and '.join(found)}; {cause}")
+
+
+def repair_generation_config(model, flag: str, path: str) -> None:
+    """Replace a generation config that transformers reads and then refuses to save, after the last step of training."""
+    config = model.generation_config
+    try:
+        return config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True  # what a temperature or a top_p without it means
+    how = "do_sample: true is added"
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config, how = GenerationConfig(**ids), "only its token ids are kept"
+    print(f"{flag} {path}: generation_config.json cannot be saved as it is: {how}")
 
 
 def count_params(*models) -> list[int]:
@@ -168,10 +259,50 @@ def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
         return
     if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
         state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
-    model.save_pretrained(out, state_dict=state)
-    model.config.dtype = dtype  # save_pretrained writes that of the master weights
-    model.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with _aside(out) as folder:
+        _write(model, tokenizer, folder, state, dtype)
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(out / path.name, ignore_errors=True)
+            os.replace(path, out / path.name)
+
+
+def try_save(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
+    """Write all that save_model does, but for the weights, and delete it again. Raises UsageError if that fails."""
+    try:
+        with _aside(out) as folder:
+            _write(model, tokenizer, folder, {"trial": torch.zeros(1)}, dtype)
+    except Exception as error:
+        if full_disk(error):
+            raise
+        raise UsageError(
+            f"{model.name_or_path}: the trained model could not be saved ({first_line(error)}); repair its config.json, "
+            f"generation_config.json or tokenizer"
+        ) from None
+
+
+def weight_bytes(model, dtype: torch.dtype) -> int:
+    """Bytes of the whole model's weights in `dtype`, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+@contextlib.contextmanager
+def _aside(out: Path):
+    """A fresh folder in `out`, gone behind it: what is saved there is moved out when it is whole."""
+    folder = Path(out, "model.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it saved
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(model, tokenizer, folder: Path, state: dict, dtype: torch.dtype) -> None:
+    model.save_pretrained(folder, state_dict=state)
+    before, model.config.dtype = model.config.dtype, dtype  # save_pretrained writes that of the master weights
+    model.config.save_pretrained(folder)
+    model.config.dtype = before
+    tokenizer.save_pretrained(folder)
 
 
 def clip_gradients(model, max_norm: float) -> float:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 _store = None  # the key-value store that torchrun keeps for all ranks
@@ -84,14 +84,6 @@ def all_gather(mine) -> list:
         parts = [None] * world_size()
         dist.all_gather_object(parts, mine)
     return parts
-
-
-def gather_interleaved(mine: list, size: int = 1, copies: int = 1) -> list:
-    """The list of which this rank, one of R, holds every R-th run of `size` items, whole, on every rank. Where `copies`
-    consecutive ranks hold the same runs, R counts them as one."""
-    parts = all_gather(mine)[::copies]
-    runs = max(len(part) for part in parts) // size
-    return [item for run in range(runs) for part in parts for item in part[run * size : (run + 1) * size]]
 
 
 def merge(mine: dict) -> dict:
@@ -164,13 +156,15 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_sharded(path: str, load, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool, offload: bool):
-    """The model that `load()` returns, sharded. Only rank 0 calls it, so that a node holds one whole copy, not eight."""
+def load_sharded(load, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool, offload: bool):
+    """The model that `load()` returns, sharded. Only rank 0 calls it, so that a node holds one whole copy, not eight; the
+    others build theirs from the configs that rank 0's ended with."""
     loaded = load() if rank() == 0 else None
+    config, generation_config, name = on_rank_zero(lambda: (loaded.config, loaded.generation_config, loaded.name_or_path))
     with no_init_weights():  # pages that nothing writes take no memory
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    model.generation_config = on_rank_zero(lambda: loaded.generation_config)
+    model.generation_config, model.name_or_path = generation_config, name
     shard(model, compute_dtype, hybrid, offload)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, {} if loaded is None else loaded.state_dict(), options=options)

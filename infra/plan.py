@@ -47,7 +47,7 @@ class Sizes:
             config = from_hub(lambda: AutoConfig.from_pretrained(path), path)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of whatever kind: what a config that makes no sense makes a library raise
             raise explain_missing(flag, path, error) from None
         params = sum(p.numel() for p in model.parameters())
         layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
@@ -313,9 +313,9 @@ def vllm_shortage(args, work: Workload, hw: Hardware, phases) -> str | None:
     if tokens >= length:
         return None
     return (
-        f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB "
-        f"of weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one "
-        f"prompt and answer ({length}); raise it, or --vllm-tp"
+        f"--vllm-gpu-memory-utilization {share / hw.bytes:.2g}: {share / GB:.1f} GB hold the {weights / GB:.1f} GB of "
+        f"weights that vLLM keeps on each GPU, what it computes with, and {tokens} tokens of cache, less than one prompt "
+        f"and answer ({length}); raise it, or --vllm-tp"
     )
 
 

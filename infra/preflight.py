@@ -9,17 +9,20 @@ An error names the flag and the fix and ends the run; --force makes a warning of
 """
 
 import math
+import tempfile
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from infra import dataset, parallel
+from infra import parallel
 from infra.batches import response_hidden
 from infra.cli import UsageError
+from infra.dataset import Problem
 from infra.hub import explain_missing, from_hub
-from infra.models import autocast, device_and_dtype
+from infra.models import autocast, device_and_dtype, try_save
+from infra.prompts import apply_template, render_prompt, render_text
 from infra.sampler import eos_token_ids
 from infra.sampler_hf import HFSampler
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -84,7 +87,7 @@ def check_tokenizers(args, teacher_tokenizer, student_tokenizer, problems) -> Re
     check_thinking(report, teacher, student)
 
     prompts = [
-        one.tokenizer.decode(dataset.render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking))
+        one.tokenizer.decode(render_prompt(one.tokenizer, problems[0], args.instruction, one.thinking, one.flag))
         for one in (teacher, student)
     ]
     if prompts[0] == prompts[1]:
@@ -103,26 +106,26 @@ def facts(flag: str, path: str, tokenizer, thinking: bool) -> SimpleNamespace:
     """What the checks need of one model: ids that end its responses, what its template puts where."""
     try:
         config = from_hub(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind: what a config that makes no sense makes a library raise
         raise explain_missing(flag, path, error) from None
     try:
         generation_config = from_hub(lambda: GenerationConfig.from_pretrained(path), path)
     except OSError:  # there is no generation_config.json: transformers takes the model's config
         generation_config = GenerationConfig.from_model_config(config)
+    except ValueError as error:
+        raise explain_missing(flag, path, error) from None
     stops = eos_token_ids(generation_config.eos_token_id, tokenizer)
 
-    def render(thinking, *turns, **options):
-        messages = [{"role": role, "content": "12+34?"} for role in turns]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=thinking, **options)
-        return text.rpartition("12+34?")[2]  # what the template puts behind the last message
-
+    probe = Problem("12+34?", (), None, "a short problem")
+    turns = [{"role": role, "content": probe.text} for role in ("user", "assistant")]
     try:
-        behind_answer = render(thinking, "user", "assistant")
+        behind_answer = apply_template(tokenizer, turns, enable_thinking=thinking).rpartition(probe.text)[2]
     except Exception:  # a template may refuse what it is never asked for in training
         behind_answer = ""
     turn_end = tokenizer(behind_answer.strip(), add_special_tokens=False)["input_ids"][:1]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    openings = {choice: render(choice, "user", add_generation_prompt=True) for choice in (False, True)}
+    prompts = {choice: render_text(tokenizer, probe, "", choice, flag) for choice in (False, True)}
+    openings = {choice: prompt.rpartition(probe.text)[2] for choice, prompt in prompts.items()}
     return SimpleNamespace(
         flag=flag,
         path=path,
@@ -188,15 +191,36 @@ def check_vocabulary(report, teacher, student, texts) -> None:
         )
 
 
+def names(one) -> str:
+    return " or ".join(repr(one.tokenizer.convert_ids_to_tokens(i)) for i in one.stops)
+
+
+def never_ends(one) -> bool:
+    return one.turn_end is not None and one.turn_end not in one.stops
+
+
+def warn_of_end(report, one) -> None:
+    """What may keep a single model's responses from ending."""
+    if never_ends(one):
+        end = one.tokenizer.convert_ids_to_tokens(one.turn_end)
+        report.warn(
+            "end_of_turn",
+            f"{one.flag} {one.path} stops at {names(one)} while its chat template ends a turn with {end!r}, as a base "
+            f"checkpoint does: watch charts/truncated_frac",
+        )
+    if one.turn_end is None:
+        report.warn(
+            "end_of_turn", f"{one.flag} {one.path}: its chat template puts no special token behind an answer to check"
+        )
+
+
+def warn_of_base(flag: str, path: str, tokenizer, thinking: bool) -> None:
+    """For a script of one model: print whether its responses may not end, as a base checkpoint's."""
+    warn_of_end(Report(force=True), facts(flag, path, tokenizer, thinking))
+
+
 def check_end_of_turn(report, teacher, student) -> None:
     """Responses of both end with the same ids, and with what the chat template puts behind an answer."""
-
-    def names(one):
-        return " or ".join(repr(one.tokenizer.convert_ids_to_tokens(i)) for i in one.stops)
-
-    def never_ends(one):
-        return one.turn_end is not None and one.turn_end not in one.stops
-
     for one, other in ((student, teacher), (teacher, student)):
         end = one.tokenizer.convert_ids_to_tokens(one.turn_end) if one.turn_end is not None else None
         if never_ends(one) and one.stops != other.stops:
@@ -208,16 +232,7 @@ def check_end_of_turn(report, teacher, student) -> None:
                 f"generation_config.json to {end!r}",
             )
             return
-        if never_ends(one):
-            report.warn(
-                "end_of_turn",
-                f"{one.flag} {one.path} stops at {names(one)} while its chat template ends a turn with {end!r}, as with two "
-                f"base checkpoints: watch charts/truncated_frac",
-            )
-        if one.turn_end is None:
-            report.warn(
-                "end_of_turn", f"{one.flag} {one.path}: its chat template puts no special token behind an answer to check"
-            )
+        warn_of_end(report, one)
     eos = teacher.tokenizer.eos_token_id, student.tokenizer.eos_token_id
     if teacher.stops != student.stops or eos[0] != eos[1]:
         report.error(
@@ -332,6 +347,9 @@ def check_models(
             f"fkl_warmup.py first and give its checkpoint as --student",
         )
     report.settle()
+    if parallel.rank() == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            try_save(model, tokenizer, folder, dtype)
     if args.preflight_only:
         print("preflight: nothing stands in the way" if not report.forced else "preflight: goes on by --force alone")
         raise SystemExit(0)

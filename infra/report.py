@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from infra import cli, dataset
-from infra.bootstrap import bootstrap_ci95
+from infra import cli, dataset, frontier
+from infra.bootstrap import bootstrap_ci95, verdict
 from infra.cli import require
+from infra.files import write_aside
 
 COMPARISONS = {  # name: is the second better than the first?
     "raw_teacher < direct_grpo": "a teacher without RL is worth less than RL on the student",
@@ -33,21 +34,26 @@ COMPARISONS = {  # name: is the second better than the first?
     "reward_free < no_warmup": "control: without a teacher nothing is learned",
 }
 
+SUMMARY = {
+    "base": "the student as it comes",
+    "raw_teacher": "distilled from the teacher as it comes",
+    "direct_grpo": "RL on the student",
+    "teacher_rl": "RL on the teacher: what is handed down below",
+    "bridge": "the RL'd teacher distilled into the student",
+    "bridge_grpo": "RL on that student, with labels held back for it",
+}
+
 
 @dataclass
 class Args:
     runs: tuple[str, ...]
-    """output folders of bridge.py; their reports go into README.md, docs/ and benchmarks/results/"""
+    """output folders of bridge.py; their reports go into docs/results.md, README.md, docs/ and benchmarks/results/"""
 
 
-def verdict(ci95: list[float]) -> str:
-    return "holds" if ci95[0] > 0 else "reversed" if ci95[1] < 0 else "not resolved"
-
-
-def scores(out: Path, seeds: list[int], stage: str, benchmark: str) -> np.ndarray:
-    """(S, P): accuracy over the samples of each problem, after `stage`, by seed."""
-    folders = [out / f"seed{seed}/eval/{stage}/{benchmark}" for seed in seeds]
-    by_seed = [dataset.mean_rewards(str(folder / "generations.jsonl"), "--runs") for folder in folders]
+def scores(folders: list[Path], benchmark: str) -> np.ndarray:
+    """(S, P): accuracy over the samples of each problem, from one stage's folder a seed."""
+    files = [folder.parent / "eval" / folder.name / benchmark / "generations.jsonl" for folder in folders]
+    by_seed = [dataset.mean_rewards(str(file), "--runs") for file in files]
     return np.array([[row[problem] for problem in by_seed[0]] for row in by_seed])
 
 
@@ -58,18 +64,19 @@ def measured(values: np.ndarray) -> dict:
     return {"accuracy": float(values.mean()), "se": se, "ci95": bootstrap_ci95(values), "by_seed": by_seed.tolist()}
 
 
-def cost(out: Path, seeds: list[int], stages: list[str]) -> dict:
-    """What the stages have used, summed, as a mean over seeds: distinct labels, updates, sampled tokens, FLOPs."""
+def cost(folders: list[list[Path]]) -> dict:
+    """What stages have used, summed, as a mean over seeds: distinct labels, updates, sampled tokens, FLOPs. folders: those
+    of the stages, a list a seed."""
     total = {"labels_used": 0, "rl_updates": 0, "dense_updates": 0, "sampled_tokens": 0, "flops": 0}
-    for seed in seeds:
+    for stages in folders:
         labels = set()
-        for stage in stages:
-            run = json.loads((out / f"seed{seed}/{stage}/run.json").read_text())
-            labels |= set(json.loads((out / f"seed{seed}/{stage}/labels.json").read_text()))
+        for folder in stages:
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            labels |= set(json.loads((folder / "labels.json").read_text(encoding="utf-8")))
             kind = "rl_updates" if "group_size" in run["args"] else "dense_updates"
             for key, value in ((kind, "updates"), ("sampled_tokens", "sampled_tokens"), ("flops", "flops")):
-                total[key] += run[value] / len(seeds)
-        total["labels_used"] += len(labels) / len(seeds)
+                total[key] += run[value] / len(folders)
+        total["labels_used"] += len(labels) / len(folders)
     return {key: round(value) for key, value in total.items()}
 
 
@@ -85,16 +92,23 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
     return found
 
 
-def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, list[str]], stages: list[str]) -> None:
-    """Write report.json, report.md and report.png into `out`. arms: {arm: the stages it rests on, its own last}."""
-
+def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int], arms: dict, stages: list[str]) -> None:
+    """Write report.json, report.md and report.png into `out`. at(stage, seed, budget): a stage's folder; arms: {arm: the
+    stages it rests on, its own last}. The arms are those of the largest of the label `budgets`, or of the only one, None."""
     last = {arm: (used or [arm])[-1] for arm, used in arms.items()}  # the stage an arm stands for
     units = {"teacher_base": [], "base": []} | {stage: [stage] for stage in stages}
-    values = {benchmark: {name: scores(out, seeds, name, benchmark) for name in units} for benchmark in benchmarks}
+
+    def scores_of(stage: str, benchmark: str, budget) -> np.ndarray:
+        return scores([at(stage, seed, budget) for seed in seeds], benchmark)
+
+    def cost_of(used: list[str], budget) -> dict:
+        return cost([[at(stage, seed, budget) for stage in used] for seed in seeds])
+
+    values = {b: {name: scores_of(name, b, budgets[-1]) for name in units} for b in benchmarks}
     figures = {name: {benchmark: measured(values[benchmark][name]) for benchmark in benchmarks} for name in units}
 
     def row(name: str, used: list[str]) -> dict:
-        return {**figures[name][benchmarks[0]], "benchmarks": figures[name], **cost(out, seeds, used)}
+        return {**figures[name][benchmarks[0]], "benchmarks": figures[name], **cost_of(used, budgets[-1])}
 
     compared = {b: compare({arm: values[b][stage] for arm, stage in last.items()}) for b in benchmarks}
     record = {
@@ -107,12 +121,17 @@ def write(out: Path, benchmarks: list[str], seeds: list[int], arms: dict[str, li
     for benchmark in benchmarks[1:]:
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
-    (out / "report.json").write_text(json.dumps(record, indent=2))
-    text = markdown(record)
-    (out / "report.md").write_text(
-        f"# Accuracy on {benchmarks[0]}\n\n{text}\n\n![accuracy and learning curves](report.png)\n"
-    )
-    plot(out, record)
+    if budgets != [None]:
+        by_budget = {n: {arm: scores_of(stage, benchmarks[0], n) for arm, stage in last.items()} for n in budgets}
+        costs = {n: {arm: cost_of(used, n) for arm, used in arms.items()} for n in budgets}
+        record |= frontier.frontier(by_budget, costs)
+    write_aside(out / "report.json", json.dumps(record, indent=2))
+    text, plots = markdown(record), "![](frontier.png)\n" if "frontier" in record else ""
+    page = f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}"
+    (out / "report.md").write_text(page, encoding="utf-8")
+    plot(out, record, {name: [at(name, seed, budgets[-1]) for seed in seeds] for name in units})
+    if "frontier" in record:
+        frontier.plot(out / "frontier.png", record)
     print(f"\n{text}\n\nwrote {out}/report.json and report.md")
 
 
@@ -137,12 +156,24 @@ def markdown(record: dict) -> str:
     for name, row in record["comparisons"].items():
         low, high = row["ci95"]
         lines.append(f"| {name} | {row['difference']:+.3f} | {low:+.3f} to {high:+.3f} | {row['verdict']} |")
+    if "frontier" in record:
+        lines = [frontier.markdown(record), "", f"With {max(map(int, record['frontier']))} labels:", "", *lines]
     return "\n".join(lines)
 
 
-def plot(out: Path, record: dict) -> None:
+def summary(record: dict) -> str:
+    """The small table for a newcomer: what the arms of SUMMARY are, and where they end. record: report.json"""
+    lines = ["| arm | what it is | accuracy, 95 % interval | labels |", "|---|---|---|---|"]
+    for name, what in SUMMARY.items():
+        if row := shown(record).get(name):
+            low, high = row["ci95"]
+            lines.append(f"| `{name}` | {what} | {row['accuracy']:.3f} ({low:.3f} to {high:.3f}) | {row['labels_used']} |")
+    return "\n".join(lines)
+
+
+def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
     """Accuracy by arm with 95 % intervals and one dot a seed; accuracy against labels; learning curves (in-training
-    evaluation, else reward), mean over seeds."""
+    evaluation, else reward), mean over seeds, from each stage's folders."""
     try:
         import matplotlib
     except ImportError:
@@ -178,9 +209,9 @@ def plot(out: Path, record: dict) -> None:
     for name in record["stages"]:
         for key in ("eval/accuracy", "charts/reward"):
             curve = {}
-            for seed in record["seeds"]:
-                path = out / f"seed{seed}/{name}/metrics.jsonl"
-                for row in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+            for folder in folders[name]:
+                path = folder / "metrics.jsonl"
+                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
                     if key in row:
                         curve.setdefault(row["step"], []).append(row[key])
             if curve:
@@ -192,21 +223,30 @@ def plot(out: Path, record: dict) -> None:
     plt.close(figure)
 
 
+def put(page: Path, block: str, text: str) -> bool:
+    """Write `text` between the page's `<!-- BLOCK -->` and the next `<!-- end -->`; False if there is no such block."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {block} -->\n")
+    _, end, after = rest.partition("\n<!-- end -->")
+    if begin and end:
+        page.write_text(before + begin + text + end + after, encoding="utf-8")
+    return bool(begin and end)
+
+
 def main(args: Args) -> None:
-    """Put the reports of finished runs where the project shows them: README.md between its markers, docs/, results."""
+    """Put the reports of finished runs where the project shows them: tables into docs/results.md, a small one into README.md
+    for the world that has a place there, plots into docs/, the figures themselves into benchmarks/results/."""
     root = Path(__file__).parent.parent
-    readme, results = root / "README.md", root / "benchmarks/results"
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
-        record, begin, end = json.loads((run / "report.json").read_text()), f"<!-- report {run.name} -->\n", "\n<!-- end -->"
-        before, found, rest = readme.read_text().partition(begin)
+        record = json.loads((run / "report.json").read_text(encoding="utf-8"))
         require(
-            found and end in rest, f"--runs {run}: README.md has no block {begin.strip()} ... {end.strip()} to put it in"
+            put(root / "docs/results.md", f"report {run.name}", markdown(record)),
+            f"--runs {run}: docs/results.md has no block <!-- report {run.name} --> ... <!-- end --> to put it in",
         )
-        readme.write_text(before + begin + markdown(record) + rest[rest.index(end) :])
-        shutil.copy(run / "report.png", root / f"docs/{run.name}.png")
-        (results / f"{run.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"README.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
+        put(root / "README.md", f"summary {run.name}", summary(record))
+        shutil.copy(run / ("frontier.png" if "frontier" in record else "report.png"), root / f"docs/{run.name}.png")
+        write_aside(root / f"benchmarks/results/{run.name}.json", json.dumps(record, indent=1) + "\n")
+        print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 
 
 if __name__ == "__main__":

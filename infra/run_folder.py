@@ -1,4 +1,4 @@
-# docs/common.md
+# docs/run_folder.md
 """The run folder, its record of what a run was and cost, and the rules that stop a run."""
 
 import fcntl
@@ -22,9 +22,15 @@ import torch
 from infra import checkpoint, parallel
 from infra.cli import RunStopped, UsageError, progress_bar, require
 from infra.dataset import ProblemStream, load_problems
-from infra.models import save_model
+from infra.digest import digests
+from infra.files import append, read_record, whole_rows, write_aside
+from infra.models import save_model, try_save, weight_bytes
 
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
+FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "grader", "seed")  # a run goes on with the same
+# and with these, where rollouts that they made are kept
+SAMPLED = ("rollouts_per_prompt", "max_response_tokens", "temperature", "instruction", "teacher_thinking", "prompt_column",
+           "max_prompt_tokens", "sampler", "dtype")  # fmt: skip
 
 
 def make_out(out: str | Path) -> Path:
@@ -39,24 +45,45 @@ def make_out(out: str | Path) -> Path:
 
 def finished(out: str | Path) -> dict | None:
     """run.json of a finished run in folder `out`, else None."""
-    path = Path(out) / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_record(Path(out) / "run.json") or {}
     return record if record.get("finished") else None
+
+
+def recorded(out: str | Path) -> dict | None:
+    """run.json of a run in folder `out`; where that is missing or torn, as the newest checkpoint has it; else None."""
+    path, newest = Path(out) / "run.json", checkpoint.latest(out)
+    record = read_record(path)
+    if record is None and newest and (record := read_record(newest / "state.json").get("run")):
+        print(f"{path} cannot be read: taken from {newest}")
+    return record
 
 
 class Run:
     """The run folder: metrics.jsonl (one object a step), run.json, a copy of the script, checkpoints, a progress bar.
-    Rank 0 writes it; the other ranks keep the same books and write nothing."""
+    Rank 0 writes it; the other ranks keep the same books and write nothing. `problems`, in order, are known again by what
+    they hold, as all inputs are: docs/resuming.md has what is compared."""
 
-    def __init__(self, args, total_steps: int):
-        if args.resume and finished(args.out):  # a requeued job: the same line finds nothing left to do
-            require_same_run(args, Path(args.out))
+    def __init__(self, args, total_steps: int, problems=None):
+        inputs = digests(args, problems)
+        if args.resume and (record := finished(args.out)):  # a requeued job: the same line finds nothing left to do
+            require_same_run(args, inputs, record)
+            steps = record.get("steps", total_steps)
+            require(
+                steps == total_steps,
+                f"--resume: {args.out} is finished, with {steps} steps, and now {total_steps} are asked for; its optimizer "
+                f"is gone, so start a new run from the weights, with another --out",
+            )
             print(f"{args.out}/ is finished")
             sys.exit(0)
         require(not finished(args.out), f"--out {args.out}: holds a finished run; choose another folder or delete it")
         self.args, self.out, self.start = args, make_out(args.out), time.time()
         self.total_steps = total_steps
         self.resumed_from = checkpoint.latest(self.out)
+        newest = max(checkpoint.folders(self.out), default=None, key=checkpoint.step)
+        if newest != self.resumed_from:
+            found = f"{newest} is not whole ({checkpoint.damage(newest)})"
+            require(self.resumed_from, f"--out {args.out}: {found}; copy it again, or choose another folder")
+            print(f"{found}: the newest whole one is {self.resumed_from}")
         worth = [path for path in (self.resumed_from, *self.out.glob("rollouts*.jsonl")) if path]
         require(
             args.resume or not worth,
@@ -64,15 +91,24 @@ class Run:
             f"--resume, or choose another folder",
         )
         if worth:
-            require_same_run(args, self.out)
-        self.labels = set()  # texts of the problems whose reference answer was consulted for a reward
-        split = args.label_split and load_problems(args.label_split, "--label-split", need_answers=True)
-        self.label_split = {p.text for p in split} if split else None
+            before = recorded(self.out)
+            require(
+                before,
+                f"--out {args.out}: holds {worth[-1].name} and no run.json that can be read, which would say what made it; "
+                f"give it as --rollouts, or choose another folder",
+            )
+            require_same_run(args, inputs, before)
+        self.labels = set()  # keys of the problems whose reference answer was consulted for a reward
+        columns, self.label_split = (args.prompt_column, args.answer_column), None
+        if args.label_split:
+            self.label_split = {p.key for p in load_problems(args.label_split, "--label-split", True, *columns)}
         self.spent = Counter()  # optimizer updates, sampled tokens, FLOPs
         self.record = {
             "finished": False,
             "command": command_line(),
             "args": asdict(args),
+            "inputs": inputs,
+            "steps": total_steps,
             "preflight": None,
             "stopped": None,
             "git_revision": git_revision(),
@@ -84,16 +120,17 @@ class Run:
                 "ranks": parallel.world_size(),
             },
         }
-        self.metrics = self.bar = self.tensorboard = self.wandb = None
+        self.bar = self.tensorboard = self.wandb = None
         parallel.barrier()  # every rank has looked at the folder before rank 0 writes to it
         if parallel.rank():
             return
         self.lock = lock_folder(self.out)
-        shutil.copy(sys.argv[0], self.out)
+        script = Path(sys.argv[0])
+        if script.is_file() and script.resolve() != (self.out / script.name).resolve():
+            write_aside(self.out / script.name, script.read_bytes())  # a fresh file: the script's may be read-only
         self._write_record()
         last_step = checkpoint.step(self.resumed_from)
         keep_metrics(self.out, last_step)
-        self.metrics = (self.out / "metrics.jsonl").open("a")
         self.bar = progress_bar(total_steps, self.out.name, "step")
         if args.tensorboard:
             try:
@@ -112,8 +149,22 @@ class Run:
         """Load the newest checkpoint, if there is one, into all three. Returns its step, else 0."""
         if not self.resumed_from:
             return 0
-        state = checkpoint.restore(self.resumed_from, model, optimizer)
-        stream.position, self.labels, self.spent = state["position"], set(state["labels"]), Counter(state["spent"])
+        try:
+            state = checkpoint.restore(self.resumed_from, model, optimizer)
+        except OSError as error:
+            older = [str(one) for one in checkpoint.whole(self.out) if one != self.resumed_from][-1:]
+            raise RunStopped(
+                f"{self.resumed_from}: cannot be read ({error}). Copy it again, or delete it: --resume then "
+                + (f"goes on from {older[0]}" if older else "starts from the beginning")
+            ) from None
+        require(
+            state["step"] <= self.total_steps,
+            f"--resume: {self.resumed_from} is beyond the {self.total_steps} steps asked for; raise --max-steps or --epochs",
+        )
+        stream.position, self.spent = state["position"], Counter(state["spent"])
+        self.labels = set(state["labels"])
+        outside = self.labels - self.label_split if self.label_split is not None else None
+        require(not outside, f"--label-split {self.args.label_split}: the run has consulted labels outside of it already")
         print(f"resumed from {self.resumed_from}")
         return state["step"]
 
@@ -123,25 +174,22 @@ class Run:
         if not self.args.save_every or step % self.args.save_every or step == self.total_steps:
             return
         state = {"step": step, "position": stream.position, "labels": sorted(self.labels), "spent": self.spent}
+        state |= {"run": self.record}
         try:
             checkpoint.save(self.out, model, optimizer, state, self.args.keep_last)
         except OSError as error:
-            whole, free = checkpoint.latest(self.out), shutil.disk_usage(self.out).free / 1e9
-            raise RunStopped(
-                f"--out {self.out}: {error} ({free:.1f} GB free there). "
-                + (f"{whole} is whole: make room, then run the same command with --resume" if whole else "Make room")
-            ) from None
+            raise RunStopped(f"--out {self.out}: {error} {checkpoint.going_on(self.out)}") from None
 
     def consult(self, problems) -> None:
         """Enter problems into the ledger before their answers decide a reward. Raises RunStopped for one that is not in
         --label-split."""
-        texts = {problem.text for problem in problems}
-        outside = texts - self.label_split if self.label_split is not None else set()
+        keys = {problem.key for problem in problems}
+        outside = keys - self.label_split if self.label_split is not None else set()
         if outside:
             reason = f"a label outside --label-split {self.args.label_split}: {min(outside)[:80]!r}"
             self.note(stopped=reason)
             raise RunStopped(f"{self.out}: {reason}; nothing was learned from it. Take --train-data from that file")
-        self.labels |= texts
+        self.labels |= keys
 
     def spend(self, updates: int = 0, sampled_tokens: int = 0, flops: float = 0) -> None:
         """Count what training costs, for run.json. FLOPs are 2 a parameter and token forward and 4 more backward, attention
@@ -159,14 +207,13 @@ class Run:
             self._write_record()
 
     def _write_record(self):
-        (self.out / "run.json").write_text(json.dumps(self.record, indent=2))
+        write_aside(self.out / "run.json", json.dumps(self.record, indent=2))
 
     def log(self, step: int, metrics: dict[str, float], watched: str | None = None) -> None:
         """Append one object to metrics.jsonl. `watched` is the metric to show behind the progress bar."""
         if parallel.rank():
             return
-        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.metrics.flush()
+        append(self.out / "metrics.jsonl", json.dumps({"step": step, **metrics}) + "\n")
         if self.tensorboard:
             for key, value in metrics.items():
                 self.tensorboard.add_scalar(key, value, step)
@@ -186,8 +233,7 @@ class Run:
         if parallel.rank():
             return
         self.bar.close()
-        self.metrics.close()
-        (self.out / "labels.json").write_text(json.dumps(sorted(self.labels)))
+        write_aside(self.out / "labels.json", json.dumps(sorted(self.labels)))
         self.record |= {
             "finished": True,
             "wall_time_s": round(time.time() - self.start, 1),
@@ -204,7 +250,7 @@ class Run:
 
 def lock_folder(out: Path):
     """An open file that keeps other processes out of `out` until this one ends. Raises UsageError if one is at work."""
-    file = (out / ".lock").open("w")
+    file = (out / ".lock").open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -214,36 +260,69 @@ def lock_folder(out: Path):
 
 def rank_zero_file(path: Path, lines: list[str]):
     """`path` open for writing, holding `lines`; on the other ranks what is written goes nowhere."""
-    file = open(os.devnull if parallel.rank() else path, "w")
+    file = open(os.devnull if parallel.rank() else path, "w", encoding="utf-8")
     file.writelines(lines)
     return file
 
 
-def require_same_run(args, out: Path) -> None:
-    """Raise UsageError if the run in `out` was started with another model, other data or another seed; print whatever
-    else is new."""
-    before, now = json.loads((out / "run.json").read_text())["args"], json.loads(json.dumps(asdict(args)))
-    changed = {name: f"--{name.replace('_', '-')} was {before.get(name)}, now {now[name]}" for name in now}
-    changed = {name: text for name, text in changed.items() if before.get(name) != now[name] and name != "resume"}
-    fixed = [changed[name] for name in ("model", "teacher", "student", "train_data", "rollouts", "seed") if name in changed]
-    require(not fixed, f"--resume: {'; '.join(fixed)}: repeat the flags of {out}, or choose another --out")
-    if changed:
-        print(f"--resume with changed flags: {'; '.join(changed.values())}")
+def require_same_run(args, inputs: dict[str, str | None], record: dict) -> None:
+    """Raise UsageError if the run of `record` (its run.json) was started with another model, other data or another seed, all
+    known by what they hold; print whatever else is new."""
+    before, now, flags = record["args"], json.loads(json.dumps(asdict(args))), {}
+    for name in now:
+        flag, held = f"--{name.replace('_', '-')}", (record.get("inputs", {}).get(name), inputs.get(name))
+        if None not in held and before.get(name) == now[name]:
+            text = f"{flag} {now[name]} holds something else than when the run in {args.out} began: bring that back"
+            require(held[0] == held[1], f"--resume: {text}, or choose another --out")
+        moved = None not in held and held[0] == held[1]  # the same under another name
+        if name not in ("resume", "out") and before.get(name) != now[name] and not moved:
+            flags[name] = f"{flag} was {before.get(name)}, now {now[name]}"
+    names = FIXED + SAMPLED * any(Path(args.out).glob("rollouts*.jsonl"))
+    fixed = [flags[name] for name in names if name in flags]
+    require(not fixed, f"--resume: {'; '.join(fixed)}: repeat the flags of {args.out}, or choose another --out")
+    problems = record.get("inputs", {}).get("problems", inputs.get("problems"))
+    require(
+        problems == inputs.get("problems", problems),
+        f"--resume: --train-data {getattr(args, 'train_data', '')}: its problems, or what --max-prompt-tokens and columns "
+        f"leave of them, are others than when the run in {args.out} began; bring those back, or choose another --out",
+    )
+    if flags:
+        print(f"--resume with changed flags: {'; '.join(flags.values())}")
 
 
 def keep_metrics(out: Path, last_step: int) -> None:
     """Cut metrics.jsonl behind `last_step`, the step to go on from: later rows are of steps that run again."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and last_step else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    rows = whole_rows(out / "metrics.jsonl") if last_step else []
+    write_aside(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+
+
+def require_room(args, out: Path, model, dtype) -> None:
+    """Raise UsageError if the weights that the last step saves do not fit on the disk; print if the checkpoints may not."""
+    final, free = weight_bytes(model, dtype), shutil.disk_usage(out).free
+    require(
+        final <= free,
+        f"--out {out}: has {free / 1e9:.2f} GB free, and the weights at the end need {final / 1e9:.2f} GB: make room, or "
+        f"choose another folder",
+    )
+    copies = (args.keep_last + 1) * bool(args.save_every)  # the new one is whole before the oldest goes
+    resumable = 3 * weight_bytes(model, model.dtype) * copies  # weights and Adam's two moments
+    resumable -= sum(path.stat().st_size for path in out.glob("checkpoints/*/*"))
+    if final + resumable > free:
+        print(
+            f"warning: --out {out}: has {free / 1e9:.2f} GB free; with --keep-last {args.keep_last} the checkpoints and the "
+            f"weights at the end need {(final + resumable) / 1e9:.2f} GB more"
+        )
 
 
 class StopRules:
     """Ends a run that goes wrong: the weights are saved, run.json says why and stays unfinished. Every rank must see the
-    same values, because all of them save."""
+    same values, because all of them save. That they can save, and the last step too, is tried here, before the first."""
 
     def __init__(self, args, run, model, tokenizer, dtype):
         self.args, self.saved, self.run, self.steps_truncated = args, (model, tokenizer, run.out, dtype), run, 0
+        if parallel.rank() == 0:
+            require_room(args, run.out, model, dtype)
+            try_save(model, tokenizer, run.out, dtype)
 
     def unless_finite(self, step: int, **values) -> None:
         """Stop at a nan or inf. Called before the optimizer's step, so that it never reaches the weights that are saved."""
@@ -277,7 +356,8 @@ class StopRules:
 
 def command_line() -> str:
     """The command that runs this process, as a user would type it in the repository."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = os.path.relpath(Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent)
+    return shlex.join(["python", script, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:
@@ -290,6 +370,7 @@ def version(package: str) -> str | None:
 def git_revision() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except OSError:
+        said = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=5)
+        return said.stdout.decode().strip() or None
+    except (OSError, subprocess.SubprocessError, ValueError):  # none installed, slow, broken: no reason to stop a run
         return None

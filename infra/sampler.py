@@ -23,6 +23,11 @@ def eos_token_ids(configured: int | list[int] | None, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *[i for i in configured if i is not None]})
 
 
+def vocabulary_size(tokenizer) -> int:
+    """The largest id + 1. len(tokenizer) counts the ids, which is less where they leave holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 class Response(NamedTuple):
     ids: list[int]  # sampled token ids, the final EOS included; none after it
     sampler_logprobs: list[float]  # log p of each id under the sampling distribution
@@ -49,11 +54,25 @@ class Sampler:
 
     ranks_per_engine = 1  # consecutive ranks that answer together
 
-    def sample(self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None) -> list[Response]:
+    def sample(
+        self, prompts: list[list[int]], n: int, seed: tuple[int, ...] = (0,), progress=None, known=None, keep=None
+    ) -> list[Response]:
         """n responses per prompt; response j of prompt i is at index i * n + j, and its random numbers are those of
         (*seed, i, j). Every rank passes the same prompts, answers its share and gets all the responses. `progress` is a
-        tqdm over responses."""
+        tqdm over responses.
+
+        keep({i: the n responses of prompt i}) is called as prompts are finished, on the (first) rank that answers them.
+        Handed back as `known`, the same on every rank, they are not sampled again, and the others come out the same."""
         engine, engines = parallel.rank() // self.ranks_per_engine, parallel.world_size() // self.ranks_per_engine
-        mine = range(engine, len(prompts), engines)
-        responses = self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress)
-        return parallel.gather_interleaved(responses, n, self.ranks_per_engine)
+        mine = [i for i in range(engine, len(prompts), engines) if i not in (known or {})]
+        answers = {}
+
+        def finished(places: list[int], responses: list[Response]) -> None:
+            some = {mine[place]: responses[k * n : (k + 1) * n] for k, place in enumerate(places)}
+            answers.update(some)
+            if keep and parallel.rank() % self.ranks_per_engine == 0:
+                keep(some)
+
+        self._sample([prompts[i] for i in mine], n, [(*seed, i) for i in mine], progress, finished)
+        answers = (known or {}) | parallel.merge(answers)
+        return [response for i in range(len(prompts)) for response in answers[i]]

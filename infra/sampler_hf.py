@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from infra import parallel
 from infra.models import autocast, compute_device
-from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers
+from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers, vocabulary_size
 
 
 class GrowingLayer(DynamicLayer):
@@ -107,7 +107,7 @@ class HFSampler(Sampler):
     ):
         self.model, self.dtype, self.device = model, dtype, compute_device(model)
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
-        self.tokenizer_size = len(tokenizer)
+        self.tokenizer_size = vocabulary_size(tokenizer)
         self.canary_logprob_diff = 0.0  # the weights are the trainer's
         self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0
@@ -126,10 +126,9 @@ class HFSampler(Sampler):
         """Take the weights of `model`. Here the sampler reads the live model, so there is nothing to copy."""
         self.model = model
 
-    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress, finished) -> None:
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
-        responses = [None] * (len(prompts) * n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with parallel.gathered(self.model), grouped(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
             while order:
@@ -140,10 +139,8 @@ class HFSampler(Sampler):
                 batch = self._sample_batch(
                     [prompts[i] for i in rows], [(*seeds[i], j) for i in rows for j in range(n)], progress
                 )
-                for k, response in enumerate(batch):
-                    responses[rows[k // n] * n + k % n] = response
+                finished(rows, batch)  # a batch is kept whole or not at all: without it the later ones are the same
         self.model.train(was_training)
-        return responses
 
     def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
         """One response per seed: as many for each prompt, in a row."""

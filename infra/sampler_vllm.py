@@ -19,7 +19,7 @@ from infra import parallel  # noqa: E402
 from infra.batches import response_hidden  # noqa: E402
 from infra.cli import RunStopped  # noqa: E402
 from infra.models import autocast, compute_device  # noqa: E402
-from infra.sampler import Response, Sampler, eos_token_ids, make_response  # noqa: E402
+from infra.sampler import Response, Sampler, eos_token_ids, make_response, vocabulary_size  # noqa: E402
 from kernels import fused_linear_logprob  # noqa: E402
 
 PROBE_RESPONSE = 16  # tokens, behind a prompt one token longer than a cache block: a shorter one misses a stale prefix
@@ -60,16 +60,19 @@ class VLLMSampler(Sampler):
         canary_tolerance=None,
     ):
         on_gpu, torchrun = torch.cuda.is_available(), "RANK" in os.environ
-        self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, len(tokenizer)
+        self.dtype, self.sleeps, self.asleep, self.tokenizer_size = dtype, sleep, False, vocabulary_size(tokenizer)
         self.ranks_per_engine = tp if torchrun else 1
         self.canary_tolerance = CANARY_TOLERANCE[dtype] if canary_tolerance is None else canary_tolerance
         self.model, self.canary_logprob_diff, self.syncs = None, 0.0, 0
         threads = torch.get_num_threads()
+        overrides = {"head_dtype": "float32"}  # logits as the trainer's losses make them, of a head in `dtype`
+        if model is not None:
+            overrides["tie_word_embeddings"] = model.config.tie_word_embeddings  # as loaded, which may not be as configured
         self.llm = LLM(
             path,
             dtype=str(dtype).removeprefix("torch."),
             load_format="auto" if model is None else "dummy",
-            hf_overrides={"head_dtype": "float32"},  # logits as the trainer's losses make them, of a head in `dtype`
+            hf_overrides=overrides,
             max_model_len=max(longest_prompt + max_response_tokens, PROBE_ROOM),
             skip_tokenizer_init=True,  # ids in, ids out
             logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p: those it was drawn with
@@ -95,7 +98,7 @@ class VLLMSampler(Sampler):
             ignore_eos=True,  # the ids above are all there are, as for the hf sampler
             detokenize=False,
         )
-        words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
         block = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.probe = np.random.default_rng(0).choice(words, block + 1).tolist()
         self.probe_params = SamplingParams(
@@ -130,20 +133,20 @@ class VLLMSampler(Sampler):
         self.model = model
         self.syncs += 1
 
-    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress) -> list[Response]:
+    def _sample(self, prompts: list[list[int]], n: int, seeds: list[tuple], progress, finished) -> None:
         prompts, params = list(prompts), [self._params(n, seed) for seed in seeds]
         checked = self.model is not None and self.canary_tolerance > 0
         if checked:  # among the prompts the probe costs next to nothing; alone it would cost an engine step a token
             prompts, params = [self.probe, *prompts], [self.probe_params, *params]
-        outputs = self._generate(prompts, params, progress)
-        if checked:
-            [probe] = outputs.pop(0)
+            [probe], *outputs = self._generate(prompts, params, progress)
             self.canary(list(probe.token_ids), probe.logprobs.logprobs)
-        return [
-            make_response(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length", self.tokenizer_size)
-            for output in outputs
-            for o in output
-        ]
+            finished(list(range(len(outputs))), [self._response(o) for output in outputs for o in output])
+        else:  # nothing to wait for: a prompt is finished when its responses are, whatever else the engine is at
+            self._generate(prompts, params, progress, finished)
+
+    def _response(self, output) -> Response:
+        ids, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+        return make_response(ids, logprobs, output.finish_reason == "length", self.tokenizer_size)
 
     @torch.no_grad()
     def canary(self, response: list[int], sampler_logprobs: list[float]) -> None:
@@ -173,18 +176,22 @@ class VLLMSampler(Sampler):
         params.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) % (2**31 - n)  # vLLM gives response j seed + j
         return params
 
-    def _generate(self, prompts, params, progress=None):
-        """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together."""
-        self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        finished = []
+    def _generate(self, prompts, params, progress=None, finished=None):
+        """The n outputs of each prompt, in order. Continuous batching: vLLM decides what runs together. finished([place of a
+        prompt], its responses) is called for each as it ends."""
+        requests = self.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        places = {request.partition("-")[0]: place for place, request in enumerate(requests)}  # vLLM adds a random part
+        outputs = [None] * len(prompts)
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
                 if output.finished:
-                    finished.append(output)
+                    place = places[output.request_id]
+                    outputs[place] = sorted(output.outputs, key=lambda o: o.index)
                     if progress is not None and output.prompt_token_ids != self.probe:
                         progress.update(len(output.outputs))
-        finished.sort(key=lambda output: int(output.request_id))
-        return [sorted(output.outputs, key=lambda o: o.index) for output in finished]
+                    if finished:
+                        finished([place], [self._response(o) for o in outputs[place]])
+        return outputs
 
 
 def repack_head(model) -> None:

@@ -1,5 +1,6 @@
 # docs/telemetry.md
-"""Responses of a run for human eyes: samples.jsonl, and samples.html, which colours every token by its KL.
+"""Responses for human eyes. Of a run: samples.jsonl, and samples.html, which colours every token by its KL. Of an
+evaluation: samples.html, which shows wrong answers first.
 
 samples = Samples(run.out, tokenizer, every=20, colour_by="reverse_kl")
 samples.keep(step, micro_batch, response_ids, reverse_kl=stats.reverse_kl)   # in the loop over micro-batches
@@ -11,10 +12,13 @@ from html import escape
 from pathlib import Path
 
 from infra import parallel
+from infra.files import whole_rows, write_aside
+from infra.grader import last_boxed
 
 RESPONSES = 4  # the first of a step's batch
 PAGE_STEPS = 6  # the page shows the first sampled step and the latest others; samples.jsonl has them all
 PAGE_TOKENS = 2000  # of a response on the page
+PAGE_WRONG, PAGE_RIGHT = 16, 8  # problems on the page of an evaluation
 LEVELS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats: a token has the level of the highest bound it reaches
 COLOURS = {
     "reverse_kl": "KL(student ‖ teacher)",
@@ -60,8 +64,7 @@ class Samples:
         if parallel.rank():
             return
         path = self.out / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-        rows = [row for row in rows if row["step"] < step]
+        rows = [row for row in whole_rows(path) if row["step"] < step]
         for k in sorted(kept):
             tokens = token_texts(self.tokenizer, responses[k].ids)
             response, reward = "".join(tokens), rewards[k] if rewards is not None else None
@@ -78,11 +81,11 @@ class Samples:
                 "values": kept[k],
             }
             rows.append(row)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in rows))
         steps = sorted({row["step"] for row in rows})
         shown = {*steps[:1], *steps[1:][1 - PAGE_STEPS :]}
         html = page(self.out.name, [row for row in rows if row["step"] in shown], self.colour_by)
-        (self.out / "samples.html").write_text(html, encoding="utf-8")
+        write_aside(self.out / "samples.html", html)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
@@ -129,8 +132,39 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 """
 
 
-def page(name: str, rows: list[dict], colour_by: str) -> str:
-    """One HTML document without a script or a link; `rows` as in samples.jsonl, the latest step first on the page."""
+def evaluation_page(name: str, rows: list[dict], samples: int, tokens_of=None) -> str:
+    """The page of one benchmark: a response of each of some problems, those with wrong answers first, from the hardest to
+    the easiest. rows: as in generations.jsonl, `samples` of each problem in a row. tokens_of(k): texts and surprisals (nats)
+    of the tokens of row k; without it the text stands without colours."""
+    right = [sum(row["reward"] for row in rows[first : first + samples]) for first in range(0, len(rows), samples)]
+    order = sorted(range(len(right)), key=lambda i: right[i])
+    failed = [i for i in order if right[i] < samples]
+    passed = [i for i in reversed(order) if right[i] > 0]
+    shown = []
+    for verdict, found, most in (("wrong", failed, PAGE_WRONG), ("right", passed, PAGE_RIGHT)):
+        chosen = found if len(found) <= most else [found[i * len(found) // most] for i in range(most)]
+        for i in chosen:
+            k = next(k for k in range(i * samples, (i + 1) * samples) if (rows[k]["reward"] > 0) == (verdict == "right"))
+            tokens, surprisal = tokens_of(k) if tokens_of else ([rows[k]["response"]], [])
+            box = last_boxed(rows[k]["response"])
+            shown.append(
+                rows[k]
+                | {
+                    "heading": f"{verdict.capitalize()} answers: {len(chosen)} of {len(found)} problems that have one",
+                    "verdict": f"{verdict}, {right[i]:.0f} of {samples} are right",
+                    "answer": "no box" if box is None else box,
+                    "reference": rows[k]["answer"],
+                    "reward": None,
+                    "tokens": tokens,
+                    "values": {"surprisal": surprisal},
+                }
+            )
+    return page(name, shown, "surprisal", "generations.jsonl")
+
+
+def page(name: str, rows: list[dict], colour_by: str, file: str = "samples.jsonl") -> str:
+    """One HTML document without a script or a link; `rows` as in samples.jsonl, the latest step first on the page. `file`
+    is named where the page leaves something out."""
     bounds = ["below 0.01", *(f"{bound:g}" for bound in LEVELS[:-1]), f"{LEVELS[-1]:g} and more"]
     legend = "".join(f'<span class="t l{i}">{bound}</span>' for i, bound in enumerate(bounds))
     parts = [
@@ -140,28 +174,28 @@ def page(name: str, rows: list[dict], colour_by: str) -> str:
         f'<p class="soft">The colour of a token is {COLOURS[colour_by]} at its position, in nats. Point at one for its '
         f'numbers.</p><div class="legend">{legend}</div>',
     ]
-    for step in sorted({row["step"] for row in rows}, reverse=True):
-        parts.append(f"<h2>Step {step}</h2>")
-        parts += [article(row, colour_by) for row in rows if row["step"] == step]
+    heading = None
+    for row in sorted(rows, key=lambda row: -row.get("step", 0)):
+        before, heading = heading, row.get("heading") or f"Step {row['step']}"
+        parts += [f"<h2>{heading}</h2>"] if heading != before else []
+        parts.append(article(row, colour_by, file))
     return "\n".join(parts) + "</html>\n"
 
 
-def article(row: dict, colour_by: str) -> str:
+def article(row: dict, colour_by: str, file: str) -> str:
     colours = row["values"][colour_by]
     facts = {
-        "tokens": f"{len(row['tokens'])}{', cut off' if row['truncated'] else ''}",
-        "mean": f"{sum(colours) / max(len(colours), 1):.4f}",  # a response cut at its first id has no token
-        "highest": f"{max(colours, default=0):.3f}",
-        "reward": row["reward"],
-        "advantage": row["advantage"],
-    }
-    shown = "".join(f"<span>{key} <b>{value}</b></span>" for key, value in facts.items() if value is not None)
+        "tokens": f"{row.get('length', len(row['tokens']))}{', cut off' if row['truncated'] else ''}",
+        "mean": f"{sum(colours) / len(colours):.4f}" if colours else None,  # a response cut at its first id has no token
+        "highest": f"{max(colours):.3f}" if colours else None,
+    } | {key: row.get(key) for key in ("reward", "advantage", "verdict", "answer", "reference")}
+    shown = "".join(f"<span>{key} <b>{escape(str(value))}</b></span>" for key, value in facts.items() if value is not None)
     tokens = [
-        token(text, {key: values[i] for key, values in row["values"].items()}, colours[i])
+        token(text, {key: values[i] for key, values in row["values"].items() if values}, colours[i] if colours else 0)
         for i, text in enumerate(row["tokens"][:PAGE_TOKENS])
     ]
     left = len(row["tokens"]) - PAGE_TOKENS
-    more = f'<p class="soft">and {left:,} tokens more, in samples.jsonl</p>' if left > 0 else ""
+    more = f'<p class="soft">and {left:,} tokens more, in {file}</p>' if left > 0 else ""
     return (
         f'<article><div class="facts">{shown}</div><div class="problem">{escape(row["problem"])}</div>'
         f'<div class="tokens">{"".join(tokens)}</div>{more}</article>'

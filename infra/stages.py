@@ -2,7 +2,7 @@
 """Running the stages of a bridge: commands that are printed, run, skipped where they are finished, and killed with it."""
 
 import ctypes
-import json
+import re
 import shlex
 import signal
 import subprocess
@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 
 from infra import checkpoint
 from infra.cli import require
+from infra.digest import digest_of
+from infra.files import read_record
 
 ROOT = Path(__file__).parent.parent
 LIBC = ctypes.CDLL(None)
@@ -26,10 +29,10 @@ def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
     print(f"\n$ {shlex.join([*launcher, script, *flags])}" + (f"\n  > {log}" if log else ""), flush=True)
     launcher = ["-m", "torch.distributed.run", *launcher[1:]] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *flags]
-    with open(log, "a") if log else nullcontext() as output:
+    with open(log, "a", encoding="utf-8") if log else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output, preexec_fn=end_with_parent).returncode
     if code:
-        last = log.read_text().strip().splitlines()[-1:] if log else []
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log else []
         print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
               sep="\n", file=sys.stderr)  # fmt: skip
         sys.exit(code)
@@ -41,26 +44,55 @@ def end_with_parent() -> None:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def execute(folder: Path, done: str, command: Callable[[], str], inputs: list[Path], nproc: int, log: Path | None) -> None:
+def execute(folder: Path, done: str, command: Callable[[], str], nproc: int, log: Path | None) -> None:
     """Run what `command()` says; skip it when FOLDER/`done`, the file it writes last, says that it finished.
 
-    Raises UsageError if what is there was made by another command, or before one of the `inputs` (run folders)."""
+    Raises UsageError if what is there was made by another command, or from inputs that hold something else by now. The
+    folder may have been moved or copied since."""
     typed = shlex.join(["python", *shlex.split(command())])
-    record = json.loads((folder / done).read_text()) if (folder / done).exists() else {"finished": False}
+    record = read_record(folder / done) or {"finished": False}
     finished = record.get("finished", True)
-    made = folder / done if finished else checkpoint.latest(folder)  # a stage that was stopped goes on from its checkpoint
-    if made:
-        require(record["command"] == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
-        newer = [i for i in inputs if (path := i / "run.json").exists() and path.stat().st_mtime > made.stat().st_mtime]
-        require(
-            not newer,
-            f"{folder}: older than {', '.join(map(str, newer))}, which it was made from; delete it to make it again",
-        )
+    if not finished and (newest := checkpoint.latest(folder)):  # a stage that was stopped goes on from there
+        record = {"command": typed, **(read_record(newest / "state.json").get("run") or record)}
+    if "command" in record:
+        was = relocated(record["command"], typed)
+        require(was == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
+        beside = sorted(folder.glob(f"*/{Path(done).name}")) if "/" in done else []  # of every benchmark
+        for one in [record, *map(read_record, beside)]:
+            require_same_inputs(folder, typed, one or {})
     if finished:
         print(f"# finished before: {typed}", flush=True)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         call(typed.removeprefix("python "), nproc, log)
+
+
+def require_same_inputs(folder: Path, typed: str, record: dict) -> None:
+    """Raise UsageError if an input of the command `typed` is not what the `record` of its run says."""
+    for name, digest in record.get("inputs", {}).items():
+        flag, specs = f"--{name.replace('_', '-')}", values_of(typed, name)
+        now = {digest_of(spec) for spec in specs} - {None}
+        require(
+            digest is None or not now or digest in now,
+            f"{folder}: was made when {flag} {' '.join(specs)} held something else; delete it to make it again",
+        )
+
+
+def values_of(command: str, name: str) -> list[str]:
+    """What stands behind the last --name of a command, be it one thing or several (--names)."""
+    tokens = shlex.split(command)
+    at = [i for i, token in enumerate(tokens) if token in (flag := f"--{name.replace('_', '-')}", f"{flag}s")]
+    behind = tokens[at[-1] + 1 :] if at else []
+    return list(takewhile(lambda token: not token.startswith("--"), behind))
+
+
+def relocated(command: str, typed: str) -> str:
+    """`command` with the paths that it would have in the folder of `typed`, if it is the same but for where that lies."""
+    was, now = (Path(*values_of(one, "out")[-1:]) for one in (command, typed))
+    while was.name and was.name == now.name:
+        was, now = was.parent, now.parent
+    inside = re.compile(rf"^{re.escape(str(was))}(?=/|$)")
+    return shlex.join(inside.sub(lambda _: str(now), token) for token in shlex.split(command))
 
 
 def run_all(tasks: dict, jobs: int) -> None:

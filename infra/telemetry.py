@@ -37,8 +37,8 @@ def add_divergences(meter: Meter, stats: DivergenceStats, watched: str, lengths:
     meter.add("losses/entropy", stats.student_entropy)
     meter.add("losses/teacher_entropy", stats.teacher_entropy)
     sums, counts = sums_by_third(getattr(stats, watched), lengths)
-    for part, total, count in zip(("early", "middle", "late"), sums, counts, strict=True):
-        meter.add(f"losses/{watched}_{part}", total, count)
+    for k, part in enumerate(("early", "middle", "late")):
+        meter.add(f"losses/{watched}_{part}", sums[k], counts[k])
 
 
 def add_sampler_difference(meter: Meter, logprobs: torch.Tensor, sampler_logprobs: torch.Tensor) -> None:

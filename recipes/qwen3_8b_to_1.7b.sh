@@ -7,14 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:-runs/qwen3_8b_to_1.7b} seed=${2:-1} grader=${GRADER:-math}
+out=${1:-runs/qwen3_8b_to_1.7b} seed=${2:-1} grader=${GRADER:-math} data=open-r1/DAPO-Math-17k-Processed
 teacher=${TEACHER:-Qwen/Qwen3-8B} student=Qwen/Qwen3-1.7B
 launch="torchrun --standalone --nproc_per_node 8"
 stage="--seed $seed --gradient-checkpointing --resume"
 
 # ---- labels: 80 % for the teacher (or for direct_grpo), 20 % held out for the last stage
-python -c "import bridge; bridge.split_labels(bridge.Args(out='$out'))"
+python -c "from infra.dataset import split_labels as split; split('$data', '--train-data', '$out/data')"
 train=$out/data/train.jsonl heldout=$out/data/heldout.jsonl
+prompts=${PROMPTS:-$train}  # of the dense stages, which need no labels: PROMPTS=AI-MO/NuminaMath-CoT has 860,000 more
 
 # ---- teacher_rl: the labels spent on the teacher. MATH 88.4
 $launch grpo.py --model $teacher --train-data $train --grader $grader --out $out/teacher_rl $stage
@@ -23,19 +24,19 @@ $launch grpo.py --model $teacher --train-data $train --grader $grader --out $out
 $launch grpo.py --model $student --train-data $train --grader $grader --out $out/direct_grpo $stage
 
 # ---- bridge: the RL teacher through warmup and OPD. MATH 79.3, AIME 2024 25.2.
-$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/bridge_warmup $stage
-$launch opd.py --teacher $out/teacher_rl --student $out/bridge_warmup --train-data $train --out $out/bridge $stage
+$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $prompts --out $out/bridge_warmup $stage
+$launch opd.py --teacher $out/teacher_rl --student $out/bridge_warmup --train-data $prompts --out $out/bridge $stage
 
 # ---- no_opd: the warmup's loss for as many updates as warmup and OPD make together. MATH 3.3 below the bridge
-$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_opd $stage \
+$launch fkl_warmup.py --teacher $out/teacher_rl --student $student --train-data $prompts --out $out/no_opd $stage \
     --rollouts-per-prompt 16
 
 # ---- raw_teacher: a teacher that saw no reward through the same bridge. MATH 7.8 below the bridge
-$launch fkl_warmup.py --teacher $teacher --student $student --train-data $train --out $out/raw_teacher_warmup $stage
-$launch opd.py --teacher $teacher --student $out/raw_teacher_warmup --train-data $train --out $out/raw_teacher $stage
+$launch fkl_warmup.py --teacher $teacher --student $student --train-data $prompts --out $out/raw_teacher_warmup $stage
+$launch opd.py --teacher $teacher --student $out/raw_teacher_warmup --train-data $prompts --out $out/raw_teacher $stage
 
 # ---- no_warmup: OPD from the student as it came, as many updates. MATH 1.7 below the bridge
-$launch opd.py --teacher $out/teacher_rl --student $student --train-data $train --out $out/no_warmup $stage --epochs 16
+$launch opd.py --teacher $out/teacher_rl --student $student --train-data $prompts --out $out/no_warmup $stage --epochs 16
 
 # ---- bridge_grpo: the held-out labels, spent on the bridged student. MATH 3.1 above what it starts from (75.4 -> 78.5)
 $launch grpo.py --model $out/bridge --train-data $heldout --grader $grader --out $out/bridge_grpo $stage

@@ -24,7 +24,7 @@ import grpo
 import infra.cli
 import opd
 import toy
-from infra import batches, models, preflight
+from infra import batches, models, preflight, reward
 from infra.sampler_hf import HFSampler
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +152,7 @@ class FakeGrader:
 
     rule = staticmethod(lambda answer, j: float(j % 2))
     unparsable = timeouts = 0
+    uses_labels = True
 
     def __init__(self, kind="math"):
         pass
@@ -178,8 +179,9 @@ def fake_grader(monkeypatch):
     """`fake_grader(rule)` replaces the grader of every script."""
 
     def install(rule):
-        for module in SCRIPTS.values():
-            monkeypatch.setattr(module, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
+        for module in (reward, *SCRIPTS.values()):
+            if hasattr(module, "Grader"):  # the others ask make_grader
+                monkeypatch.setattr(module, "Grader", type("Fake", (FakeGrader,), {"rule": staticmethod(rule)}))
 
     return install
 

@@ -14,11 +14,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 from conftest import SCRIPTS, FakeGrader  # noqa: E402
 
-from infra import cli, parallel, run_folder  # noqa: E402
+from infra import cli, parallel, reward, run_folder  # noqa: E402
 
 write_checkpoint = run_folder.Run.checkpoint
 torch.set_num_threads(1)
-for module in SCRIPTS.values():  # every second response of a group is right, which random models cannot arrange
+modules = (reward, *SCRIPTS.values())
+for module in modules:  # every second response of a group is right, which random models cannot arrange
     module.Grader = FakeGrader
 parallel.setup()
 for script, args in json.loads(sys.argv[1]):

@@ -86,9 +86,17 @@ def test_sizes_that_do_not_divide(cli, typed):
     )
 
 
-def test_more_per_step_than_there_is(cli, typed):
-    assert_refused(cli("grpo", *typed("grpo", prompts_per_step=14)), "--prompts-per-step 14 is more than the 12 problems")
-    assert_refused(cli("opd", *typed("opd", prompts_per_step=13)), "--prompts-per-step 13 is more than the 12 problems")
+LARGE = {"grpo": {"prompts_per_step": 14, "minibatch_prompts": 7}, "opd": {"prompts_per_step": 14}}
+
+
+@pytest.mark.parametrize("script, sizes", LARGE.items())
+def test_a_step_larger_than_the_data_passes_over_it_again(cli, typed, script, sizes):
+    """Few labels are no reason for small steps: the responses are sampled anew."""
+    code, out, _ = cli(script, *typed(script, max_steps=1, **sizes))
+    assert code == 0 and "--prompts-per-step 14: a step passes over the 12 problems 1.2 times, sampling anew" in out
+
+
+def test_more_rollouts_per_step_than_there_are(cli, typed):
     assert_refused(
         cli("fkl_warmup", *typed("fkl_warmup", rollouts_per_step=25, rollouts_per_prompt=2)),
         "--rollouts-per-step 25 is more than the 24 rollouts",
@@ -105,11 +113,8 @@ DATA_FLAG = {"grpo": "train_data", "fkl_warmup": "train_data", "opd": "train_dat
     [
         ("", ["the dataset is empty"]),
         ("\n\n", ["the dataset is empty"]),
-        (
-            '{"text": "1+1?", "answer": "2"}\n',
-            ["needs a column problem, question or prompt ", "prompt-column.; it has answer, text"],
-        ),
-        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["cannot read it"]),
+        ('{"text": "1+1?", "answer": "2"}\n', ["needs a column problem, question or prompt", "it has answer, text"]),
+        ('{"problem": "1+1?", "answer": "2"}\n{"problem": \n', ["line 2 is not a JSON object"]),
         ('["1+1?", "2"]\n', ["object"]),
         ('{"problem": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n', ["problem"]),
         ('{"problem": null, "answer": "2"}\n', ["problem"]),

@@ -11,25 +11,26 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import dataset
 import numpy as np
 import pytest
-import report
 import tyro
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import ROOT, SCRIPTS, read_jsonl, write_jsonl
 
 import bridge
-import common
 import eval_math
 import fkl_warmup
 import grpo
 import opd
 import toy
-from common import UsageError
+from infra import dataset, report, stages, worlds
+from infra.bootstrap import bootstrap_ci95, verdict
+from infra.cli import UsageError
+from infra.digest import digest_of
 
 ACCURACY = {"base": 0.1, "teacher_base": 0.3, "teacher_rl": 0.9, "direct_grpo": 0.5, "raw_teacher_warmup": 0.2,
             "raw_teacher": 0.25, "bridge_warmup": 0.6, "bridge": 0.8, "bridge_grpo": 0.85, "cold_grpo": 0.4,
-            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "long_grpo": 0.7, "replay": 0.8, "reward_free": 0.05}  # fmt: skip
+            "no_warmup": 0.7, "no_opd": 0.65, "sft": 0.6, "long_grpo": 0.7, "replay": 0.8, "reward_free": 0.05,
+            "own_prompts_warmup": 0.5, "bridge_own_prompts": 0.75}  # fmt: skip
 TRAINED = ["teacher_rl", "direct_grpo", "raw_teacher_warmup", "bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
 CONTROLS = ["cold_grpo", "no_warmup", "no_opd", "sft", "long_grpo", "replay", "reward_free"]
 UPDATES = {"teacher_rl": 8, "bridge_warmup": 3, "bridge": 7, "bridge_grpo": 5}
@@ -41,11 +42,16 @@ def flag(command, name, count=1):
     return command[at] if count == 1 else command[at : at + count]
 
 
-def write_later(path: Path, record: dict):
-    """Files of one run must differ in time for the check of what is older than what."""
+def write(path: Path, record: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
-    time.sleep(0.01)
+
+
+def inputs_of(typed: str, spec: str | None = None):
+    """What a script records of its inputs; `spec`: the benchmark of this summary.json."""
+    names = ("model", "teacher", "student", "train_data", "label_split", "eval_data")
+    found = {name: digest_of(specs[0]) for name in names if (specs := stages.values_of(typed, name))}
+    return found | ({"benchmark": digest_of(spec)} if spec else {})
 
 
 class NoPretraining:
@@ -74,8 +80,7 @@ def fake(monkeypatch):
     def run(command, **options):
         if command[0] != sys.executable:  # matplotlib looks for fonts when it is first imported on a machine
             return real_run(command, **options)
-        assert Path(command[1]).parent == ROOT
-        script, flags = Path(command[1]).name, command[2:]
+        script, flags = str(Path(command[1]).relative_to(ROOT)), command[2:]
         if "--preflight-only" in flags:
             assert script == "opd.py"
             state.preflights.append((flags, len(state.commands)))
@@ -84,7 +89,7 @@ def fake(monkeypatch):
         out = Path(flag(flags, "--out"))
         if state.fail == out.name:
             out.mkdir(parents=True, exist_ok=True)
-            write_later(out / "run.json", {"finished": False})
+            write(out / "run.json", {"finished": False})
             return SimpleNamespace(returncode=3)
         typed = shlex.join(["python", script, *flags])
         if script == "toy.py":
@@ -98,7 +103,7 @@ def fake(monkeypatch):
                 write_jsonl(
                     folder / "generations.jsonl", [{"problem": f"{i}", "reward": float(i < right)} for i in range(100)]
                 )
-                write_later(folder / "summary.json", {"command": typed})
+                write(folder / "summary.json", {"command": typed, "inputs": inputs_of(typed, spec)})
         else:
             name, data = out.name, flag(flags, "--train-data")
             labels = [p.text for p in dataset.load_problems(data, "--train-data", True)] if script == "grpo.py" else []
@@ -107,9 +112,11 @@ def fake(monkeypatch):
             write_jsonl(
                 out / "metrics.jsonl", [{"step": s, "charts/reward": 0.1 * s, "losses/reverse_kl": 1.0} for s in (1, 2)]
             )
-            write_later(out / "labels.json", labels)
+            write(out / "labels.json", labels)
             spent = {"updates": UPDATES.get(name, 10), "sampled_tokens": 1000, "flops": 1e15}
-            write_later(out / "run.json", {"finished": True, "args": args, "command": typed} | spent)
+            (out / "config.json").write_text(str(len(state.commands)))  # of weights that no other run has
+            record = {"finished": True, "args": args, "command": typed, "inputs": inputs_of(typed)}
+            write(out / "run.json", record | spent)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -117,7 +124,7 @@ def fake(monkeypatch):
     return state
 
 
-def stages(fake):
+def stages_run(fake):
     return [Path(flag(command, "--out")).name for command in fake.commands if command[0] not in ("eval_math.py", "toy.py")]
 
 
@@ -142,9 +149,13 @@ def real(tmp_path, problems, **changes):
     return bridge.Args(**(args | changes))
 
 
+def split(tmp_path, problems):
+    return dataset.split_labels(problems, "--train-data", tmp_path / "run/data")
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 def test_labels_are_split_80_to_20_without_overlap(tmp_path, problems):
-    train, heldout = (read_jsonl(Path(path)) for path in bridge.split_labels(real(tmp_path, problems)))
+    train, heldout = (read_jsonl(Path(path)) for path in split(tmp_path, problems))
     assert (len(train), len(heldout)) == (40, 10)
     texts = [[row["prompt"][-1]["content"] for row in part] for part in (train, heldout)]
     assert not set(texts[0]) & set(texts[1]) and len(set(texts[0] + texts[1])) == 50
@@ -153,11 +164,12 @@ def test_labels_are_split_80_to_20_without_overlap(tmp_path, problems):
             for row, t in zip(part, t_part, strict=True)} == {(f"{i}+1?", str(i + 1)) for i in range(50)}  # fmt: skip
 
 
-def test_the_split_is_that_of_seed_42_whatever_the_runs_seed(tmp_path, problems):
+def test_the_split_is_that_of_seed_42_whatever_the_runs_seed(tmp_path, fake, problems):
     expected = list(range(50))
     random.Random(42).shuffle(expected)
     for seed in (1, 2):
-        train, _ = bridge.split_labels(real(tmp_path, problems, out=str(tmp_path / f"run{seed}"), seed=seed))
+        bridge.main(real(tmp_path, problems, out=str(tmp_path / f"run{seed}"), seed=seed, arms=("base",)))
+        train = tmp_path / f"run{seed}/data/train.jsonl"
         assert [row["prompt"][-1]["content"] for row in read_jsonl(Path(train))] == [f"{i}+1?" for i in expected[:40]]
 
 
@@ -166,7 +178,7 @@ def test_the_split_keeps_chat_prompts_and_the_loader_reads_it_back(tmp_path):
     path = write_jsonl(
         tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}] + [{"prompt": f"{i}?", "answer": "1"} for i in range(4)]
     )
-    parts = [dataset.load_problems(part, "--train-data", True) for part in bridge.split_labels(real(tmp_path, path))]
+    parts = [dataset.load_problems(part, "--train-data", True) for part in split(tmp_path, path)]
     assert sorted(parts[0] + parts[1], key=str) == sorted(dataset.load_problems(path, "--train-data", True), key=str)
 
 
@@ -184,7 +196,7 @@ def test_stages_run_in_order_with_the_right_models_and_data(tmp_path, fake, prob
     bridge.main(args)
     out = args.out
     by_stage = {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] != "eval_math.py"}
-    assert stages(fake) == TRAINED
+    assert stages_run(fake) == TRAINED
     models = {"teacher_rl": ("grpo.py", ["big"]), "direct_grpo": ("grpo.py", ["small"]),
               "raw_teacher_warmup": ("fkl_warmup.py", ["big", "small"]),
               "raw_teacher": ("opd.py", ["big", f"{out}/seed1/raw_teacher_warmup"]),
@@ -212,7 +224,7 @@ def test_every_command_is_printed_as_a_user_would_type_it(tmp_path, fake, proble
 
 def test_some_arms_need_some_stages_only(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("base", "raw_teacher")))
-    assert stages(fake) == ["raw_teacher_warmup", "raw_teacher"]
+    assert stages_run(fake) == ["raw_teacher_warmup", "raw_teacher"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report["arms"]) == ["base", "raw_teacher"]
 
@@ -232,10 +244,10 @@ def test_a_broken_stage_ends_the_run_and_is_continued(tmp_path, fake, problems, 
     with pytest.raises(SystemExit) as stop:
         bridge.main(real(tmp_path, problems))
     assert stop.value.code == 3 and "fkl_warmup.py ended with exit code 3" in capsys.readouterr().err
-    assert stages(fake)[-1] == "bridge_warmup" and evaluated(fake) == []
+    assert stages_run(fake)[-1] == "bridge_warmup" and evaluated(fake) == []
     fake.fail, fake.commands = None, []
     bridge.main(real(tmp_path, problems))
-    assert stages(fake) == ["bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
+    assert stages_run(fake) == ["bridge_warmup", "raw_teacher", "bridge", "bridge_grpo"]
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems):
@@ -247,12 +259,46 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, fake, problems)
     assert fake.commands == []
 
 
-def test_a_stage_older_than_what_it_was_made_from_is_refused(tmp_path, fake, problems):
+def test_a_stage_whose_input_was_trained_again_is_refused(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems))
     (tmp_path / "run" / "seed1" / "bridge_warmup" / "run.json").unlink()
-    with pytest.raises(UsageError, match="run/seed1/bridge: older than .*it was made from"):
+    held = "run/seed1/bridge: was made when --student .*bridge_warmup held something else; delete it to make it again"
+    with pytest.raises(UsageError, match=held):
         bridge.main(real(tmp_path, problems))
-    assert stages(fake)[-1] == "bridge_warmup"
+    assert stages_run(fake)[-1] == "bridge_warmup"
+
+
+@pytest.mark.parametrize("name, flag", [("teacher", "--teacher|--model"), ("benchmark", "--benchmark"), ("world", "--")])
+def test_an_input_of_the_whole_bridge_that_was_replaced_is_refused(tmp_path, fake, problems, name, flag):
+    teacher, benchmark = tmp_path / "big", tmp_path / "b.jsonl"
+    write(teacher / "config.json", {"size": 8})
+    write_jsonl(benchmark, [{"problem": "1+1?", "answer": "2"}])
+    args = {"teacher": str(teacher), "benchmarks": (str(benchmark),)}
+    if name == "world":
+        args = {"out": str(tmp_path / "run")}
+    again = bridge.Args(**args) if name == "world" else real(tmp_path, problems, **args)
+    bridge.main(again)
+    replaced = {"teacher": teacher / "config.json", "benchmark": benchmark, "world": tmp_path / "run/world/test.jsonl"}[name]
+    replaced.write_text(replaced.read_text() + "\n")
+    count = len(fake.commands)
+    with pytest.raises(UsageError, match=f"was made when ({flag}).* held something else; delete it to make it again"):
+        bridge.main(bridge.Args(**args) if name == "world" else real(tmp_path, problems, **args))
+    assert len(fake.commands) == count
+
+
+@pytest.mark.parametrize("where", ["run", "elsewhere/of another name"])
+def test_a_finished_folder_that_was_copied_is_accepted(tmp_path, fake, problems, where):
+    """cp -r gives every file a new time, in any order, and the folder perhaps another name."""
+    first = real(tmp_path, problems, arms=("bridge", "base"))
+    bridge.main(first)
+    commands = len(fake.commands)
+    shutil.move(tmp_path / "run", tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / where, copy_function=shutil.copy)
+    shutil.rmtree(tmp_path / "kept")
+    bridge.main(real(tmp_path, problems, arms=("bridge", "base"), out=str(tmp_path / where)))
+    assert len(fake.commands) == commands
+    with pytest.raises(UsageError, match="holds `python"):
+        bridge.main(real(tmp_path, problems, arms=("bridge", "base"), out=str(tmp_path / where), opd_flags="--max-steps 9"))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -273,7 +319,7 @@ def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
     toy_command, *rest = fake.commands
     world = ["--world", "arithmetic", "--out", f"{out}/world", "--seed", "1", "--arch", "llama"]
     assert toy_command == ["toy.py", *world]
-    assert stages(fake) == TRAINED
+    assert stages_run(fake) == TRAINED
     for command in rest:
         name = Path(flag(command, "--out")).name
         if command[0] == "eval_math.py":
@@ -303,16 +349,20 @@ def test_the_embedded_settings_are_flags_that_the_scripts_know(tmp_path, fake):
 
 
 # --------------------------------------------------------------------------------------------------------------- controls
+def parse(command):
+    """A stage's command as the script itself would read it."""
+    return tyro.cli(SCRIPTS[command[0].removesuffix(".py")].Args, args=command[1:])
+
+
 def commands_of(fake):
     return {Path(flag(c, "--out")).name: c for c in fake.commands if c[0] not in ("eval_math.py", "toy.py")}
 
 
 def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags="--max-steps 98"))
-    assert stages(fake) == TRAINED + CONTROLS
+    assert stages_run(fake) == TRAINED + CONTROLS
     made, out = commands_of(fake), f"{tmp_path}/run/seed1"
-    parsed = {name: tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[c[0]].Args, args=c[1:])
-              for name, c in made.items()}  # fmt: skip
+    parsed = {name: parse(c) for name, c in made.items()}
     for name in ("no_warmup", "no_opd", "sft", "reward_free"):
         assert parsed[name].max_steps == UPDATES["bridge_warmup"] + UPDATES["bridge"] and parsed[name].student == "small"
     assert parsed["long_grpo"].max_flops == 3e15 and parsed["long_grpo"].max_steps > 10**5, "its three stages cost 1e15 each"
@@ -330,7 +380,7 @@ def test_every_stage_is_bound_to_the_labels_of_its_split(tmp_path, fake, problem
     other = "--train-data other.jsonl --label-split other.jsonl"
     bridge.main(real(tmp_path, problems, arms=("all",), student_grpo_flags=other))
     for name, command in commands_of(fake).items():
-        args = tyro.cli({"opd.py": opd, "fkl_warmup.py": fkl_warmup, "grpo.py": grpo}[command[0]].Args, args=command[1:])
+        args = parse(command)
         split = "heldout" if name in ("bridge_grpo", "cold_grpo") else "train"
         assert args.label_split == f"{tmp_path}/run/data/{split}.jsonl", "whatever further flags say"
 
@@ -364,7 +414,7 @@ def test_stages_run_side_by_side_but_never_before_what_they_need(tmp_path):
         return work
 
     needs = {"a": [], "b": [], "c": ["a", "b"], "d": [], "e": ["c"], "f": ["d"]}
-    bridge.run_all({name: (before, task(name)) for name, before in needs.items()}, 2)
+    stages.run_all({name: (before, task(name)) for name, before in needs.items()}, 2)
     assert sorted(order) == [*"abcdef"] and max(most) == 2
     assert all(order.index(b) < order.index(name) for name, before in needs.items() for b in before)
 
@@ -381,16 +431,16 @@ def test_behind_a_failure_nothing_more_is_started(jobs):
     tasks |= {f"later{i}": ([], lambda i=i: started.append(i)) for i in range(20)}
     tasks["needs it"] = (["bad"], lambda: started.append("needs it"))
     with pytest.raises(SystemExit) as stop:
-        bridge.run_all(tasks, jobs)
+        stages.run_all(tasks, jobs)
     assert stop.value.code == 3 and started == ["beside"] * (jobs - 1)
 
 
 def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_path, monkeypatch, capsys):
     script = tmp_path / "talk.py"
     script.write_text("import sys; print('much'); print('the reason', file=sys.stderr); sys.exit(5)")
-    monkeypatch.setattr(bridge, "__file__", str(tmp_path / "bridge.py"))
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
     with pytest.raises(SystemExit):
-        bridge.call("talk.py", log=tmp_path / "talk.log")
+        stages.call("talk.py", log=tmp_path / "talk.log")
     assert (tmp_path / "talk.log").read_text() == "much\nthe reason\n"
     out, err = capsys.readouterr()
     assert "$ python talk.py" in out and err.startswith("the reason\nerror: talk.py ended with exit code 5")
@@ -400,7 +450,8 @@ def test_a_stage_beside_others_writes_to_a_log_and_its_last_line_is_shown(tmp_pa
 def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
     """Otherwise it would still be writing when the same command is given again."""
     (tmp_path / "stage.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    code = f"import bridge, pathlib; bridge.__file__ = {str(tmp_path / 'bridge.py')!r}; bridge.call('stage.py')"
+    code = "import pathlib; from infra import stages;"
+    code += f"stages.ROOT = pathlib.Path({str(tmp_path)!r}); stages.call('stage.py')"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = iter(driver.stdout.readline, "")
     pid = next(int(line) for line in lines if line.strip().isdigit())
@@ -418,7 +469,7 @@ def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
     bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=("b.jsonl", "org/set:c:test")))
     record = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(record) == {"benchmark", "arms", "stages", "seeds", "comparisons"} and record["benchmark"] == "b"
-    assert list(record["arms"]) == list(bridge.ARMS)
+    assert list(record["arms"]) == [arm for arm in bridge.ARMS if arm != "bridge_own_prompts"]
     labels = dict.fromkeys(bridge.ARMS, 40) | {
         "base": 0,
         "raw_teacher": 0,
@@ -431,7 +482,7 @@ def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
         low, high = row["ci95"]
         assert low <= ACCURACY[arm] <= high and row["se"] is None and row["by_seed"] == pytest.approx([ACCURACY[arm]])
         assert set(row["benchmarks"]) == {"b", "org_set_c_test"}
-    assert set(record["stages"]) == set(ACCURACY)
+    assert set(record["stages"]) == set(ACCURACY) - {"own_prompts_warmup", "bridge_own_prompts"}
     assert record["stages"]["bridge"]["labels_used"] == 0 and record["stages"]["teacher_rl"]["labels_used"] == 40
     cost = {key: record["arms"]["bridge_grpo"][key] for key in ("rl_updates", "dense_updates", "sampled_tokens", "flops")}
     assert cost == {"rl_updates": 13, "dense_updates": 10, "sampled_tokens": 4000, "flops": 4e15}
@@ -441,8 +492,8 @@ def test_labels_that_two_stages_share_are_counted_once(tmp_path, fake, problems)
     bridge.main(real(tmp_path, problems, arms=("bridge_grpo",)))
     shared = tmp_path / "run/seed1"
     shutil.copy(shared / "teacher_rl/labels.json", shared / "bridge_grpo/labels.json")
-    stages = bridge.ARMS["bridge_grpo"]
-    assert report.cost(tmp_path / "run", [1], stages)["labels_used"] == 40
+    folders = [shared / stage for stage in bridge.ARMS["bridge_grpo"]]
+    assert report.cost([folders])["labels_used"] == 40
 
 
 def test_the_papers_comparisons_have_a_difference_an_interval_and_a_verdict(tmp_path, fake, problems):
@@ -456,7 +507,7 @@ def test_the_papers_comparisons_have_a_difference_an_interval_and_a_verdict(tmp_
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side():
-    assert [report.verdict(ci) for ci in ([0.01, 0.1], [-0.1, -0.01], [-0.01, 0.1], [0.0, 0.1], [-0.1, 0.0])] == [
+    assert [verdict(ci) for ci in ([0.01, 0.1], [-0.1, -0.01], [-0.01, 0.1], [0.0, 0.1], [-0.1, 0.0])] == [
         "holds", "reversed", "not resolved", "not resolved", "not resolved"]  # fmt: skip
 
 
@@ -464,13 +515,13 @@ def test_the_bootstrap_draws_seeds_and_problems():
     """Against the variances that two-way resampling has in theory: seeds' + problems' of the mean."""
     rng = np.random.default_rng(0)
     seeds, problems = rng.normal(0, 1, (40, 1)), rng.normal(0, 3, (1, 300))
-    low, high = common.bootstrap_ci95(seeds + problems)
+    low, high = bootstrap_ci95(seeds + problems)
     expected = 2 * 1.96 * (seeds.var() / 40 + problems.var() / 300) ** 0.5
     assert high - low == pytest.approx(expected, rel=0.05) and low < (seeds + problems).mean() < high
     one = rng.normal(0, 1, (1, 300))
-    low, high = common.bootstrap_ci95(one)
+    low, high = bootstrap_ci95(one)
     assert high - low == pytest.approx(2 * 1.96 * (one.var() / 300) ** 0.5, rel=0.05), "one seed: problems alone"
-    low, high = common.bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
+    low, high = bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
     assert (low, high) == pytest.approx((0.1, 0.3)), "three seeds: all three alike in one draw of nine"
 
 
@@ -534,11 +585,13 @@ def test_force_reaches_the_preflight_and_every_stage_that_has_one(fake, tmp_path
     assert all(("--force" in c) == (c[0] in ("opd.py", "fkl_warmup.py")) for c in fake.commands)
 
 
-@pytest.mark.parametrize("world", list(bridge.WORLDS))
-def test_readme_shows_the_recorded_reports(world):
+@pytest.mark.parametrize("world", list(worlds.WORLDS))
+def test_results_md_shows_the_recorded_reports(world):
     record = json.loads((ROOT / f"benchmarks/results/{world}.json").read_text())
-    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
-    younger = {"long_grpo"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
+    assert f"<!-- report {world} -->\n{report.markdown(record)}\n<!-- end -->" in (ROOT / "docs/results.md").read_text()
+    if world == "arithmetic":
+        assert f"<!-- summary {world} -->\n{report.summary(record)}\n<!-- end -->" in (ROOT / "README.md").read_text()
+    younger = {"long_grpo", "bridge_own_prompts"}  # than the recorded study; docs/bridge.md has its figures, taken by hand
     assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
 
@@ -547,14 +600,19 @@ def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, mo
     run, project = tmp_path / "run", tmp_path / "project"
     for folder in (project / "docs", project / "benchmarks/results"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(report, "__file__", str(project / "report.py"))
-    (project / "README.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "__file__", str(project / "infra/report.py"))
+    (project / "docs/results.md").write_text("before\n<!-- report run -->\nold\n<!-- end -->\nafter\n")
+    (project / "README.md").write_text("first\n<!-- summary run -->\nold\n<!-- end -->\nlast\n")
     report.main(report.Args(runs=(str(run),)))
-    table = report.markdown(json.loads((run / "report.json").read_text()))
-    assert (project / "README.md").read_text() == f"before\n<!-- report run -->\n{table}\n<!-- end -->\nafter\n"
+    record = json.loads((run / "report.json").read_text())
+    large, small = f"<!-- report run -->\n{report.markdown(record)}", f"<!-- summary run -->\n{report.summary(record)}"
+    assert (project / "docs/results.md").read_text() == f"before\n{large}\n<!-- end -->\nafter\n"
+    assert (project / "README.md").read_text() == f"first\n{small}\n<!-- end -->\nlast\n"
     assert (project / "docs/run.png").exists() and (project / "benchmarks/results/run.json").exists()
-    (project / "README.md").write_text("no block")
-    with pytest.raises(UsageError, match="README.md has no block <!-- report run -->"):
+    (project / "README.md").write_text("no block: this world has no table here")
+    report.main(report.Args(runs=(str(run),)))
+    (project / "docs/results.md").write_text("no block")
+    with pytest.raises(UsageError, match="docs/results.md has no block <!-- report run -->"):
         report.main(report.Args(runs=(str(run),)))
 
 

@@ -18,7 +18,8 @@ import toy
 from infra import batches, dataset, models, run_folder
 from infra.batches import micro_batches
 from infra.cli import UsageError
-from infra.dataset import Problem, load_problems, load_rows, render_prompt, render_prompts
+from infra.dataset import Problem, load_problems, load_rows
+from infra.prompts import render_prompt, render_prompts
 
 GSM8K = {"question": "How many?", "answer": "Half of 2,000 is <<2000/2=1000>>1000.\n#### 1,000"}
 
@@ -175,9 +176,14 @@ def test_benchmark_names_are_folder_names(spec, name):
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 class RecordingTokenizer:
+    name_or_path, unk_token_id = "recording", None
+
     def apply_chat_template(self, messages, **options):
         self.messages, self.options = messages, options
-        return [1, 2, 3]
+        return "".join(m["content"] for m in messages)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(character) for character in text]}
 
 
 def test_the_instruction_follows_the_problem_once():

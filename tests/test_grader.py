@@ -13,9 +13,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
+from grader_verdicts import VERDICTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from infra.grader import MAX_ANSWER_CHARS, Grader, last_boxed, normalize, plain_number, reference_answer, same_at_sight
+from infra.grader_latex import scientific
+from infra.grader_readings import another_form, readings
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SPARSE_TO_DENSE_DATA", ROOT.parent / "shared" / "data"))
@@ -80,8 +84,15 @@ def grader():
         yield grader
 
 
+@pytest.fixture(scope="module")
+def patient():
+    """For verdicts, which no busy machine may change."""
+    with Grader(timeout=30.0) as grader:
+        yield grader
+
+
 def ask_math_verify(grader: Grader, pairs: list[tuple[str, str]]) -> list[bool | None]:
-    """math-verify's own verdicts, whatever could have been settled at sight."""
+    """The workers' verdicts, whatever could have been settled at sight."""
     grader.grade([box("x+1")], ["y"])  # starts the workers
     return list(grader.pool.map(grader._judge, [(normalize(a), normalize(b)) for a, b in pairs]))
 
@@ -145,6 +156,10 @@ def test_a_megabyte_of_hostile_braces_takes_linear_time(text):
         ("1,234", "1,234"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"\left( 3, \frac{\pi}{2} \right)"),
         ("a # b", "a # b"),
+        (r"so there are $\boxed 2$ of them.", "2"),
+        (r"that is \boxed\pi", r"\pi"),
+        (r"first \boxed{1}, then \boxed 3.", "3"),
+        (r"it is cut off: \boxed", r"it is cut off: \boxed"),
     ],
 )
 def test_a_data_set_column_gives_its_reference_answer(column, expected):
@@ -201,14 +216,114 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
-def test_equal_mathematics_is_credited(grader):
-    scores = grader.grade([box(p) for _, p in EQUAL], [a for a, _ in EQUAL])
+def test_equal_mathematics_is_credited(patient):
+    scores = patient.grade([box(p) for _, p in EQUAL], [a for a, _ in EQUAL])
     assert [pair for pair, score in zip(EQUAL, scores, strict=True) if score != 1.0] == []
 
 
-def test_hedged_garbled_or_other_answers_are_not_credited(grader):
-    scores = grader.grade([box(p) for _, p in DIFFERENT], [a for a, _ in DIFFERENT])
+def test_hedged_garbled_or_other_answers_are_not_credited(patient):
+    scores = patient.grade([box(p) for _, p in DIFFERENT], [a for a, _ in DIFFERENT])
     assert [pair for pair, score in zip(DIFFERENT, scores, strict=True) if score != 0.0] == []
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_verdicts_by_kind(patient, kind):
+    right, wrong = VERDICTS[kind]
+    for pairs, expected in ((right, 1.0), (wrong, 0.0)):
+        scores = patient.grade([box(p) for _, p in pairs], [a for a, _ in pairs])
+        assert [pair for pair, score in zip(pairs, scores, strict=True) if score != expected] == [], f"not {expected}"
+
+
+@pytest.mark.skipif(not (DATA / "grader_cases.jsonl").exists(), reason="no file of collected cases beside the repository")
+def test_collected_cases(patient):
+    rows = [json.loads(line) for line in (DATA / "grader_cases.jsonl").read_text().splitlines()]
+    scores = patient.grade([box(row["answer"]) for row in rows], [row["reference"] for row in rows])
+    assert [row for row, score in zip(rows, scores, strict=True) if score != row["right"]] == []
+
+
+whole = st.integers(-(10**30), 10**30)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(whole, st.integers(2, 10**12))
+def test_a_number_equals_its_other_forms_and_no_neighbour(patient, top, bottom):
+    reference = rf"\frac{{{top}}}{{{bottom}}}"
+    equal = [
+        rf"\left({top}\right) \div {bottom}", rf"\frac{{1}}{{{bottom}}} \cdot ({top})",
+        rf"\frac{{{2 * top}}}{{{2 * bottom}}}",
+        rf"x = \frac{{{top}}}{{{bottom}}}", rf"{top} \cdot {bottom}^{{-1}}", rf"\frac{{{top}}}{{{bottom}}} \text{{ cm}}",
+    ]  # fmt: skip
+    near = [rf"\frac{{{top}}}{{{bottom}}} \cdot (1 + 10^{{-{k}}})" for k in (9, 30) if top] + [
+        rf"\frac{{{top + 1}}}{{{bottom}}}", rf"\frac{{{top}}}{{{bottom}}} + 10^{{-40}}",
+        rf"\frac{{{10**9 * top + 1}}}{{{10**9 * bottom}}}",
+    ]  # fmt: skip
+    scores = patient.grade([box(text) for text in equal + near], [reference] * len(equal + near))
+    assert scores == [1.0] * len(equal) + [0.0] * len(near)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from(["x", "a_1", "h", "E_0", r"\gamma", "d", r"\pi", "3", r"\sqrt{2}"]), min_size=2, max_size=5))
+def test_factors_commute_and_none_may_be_dropped(patient, factors):
+    def product(xs):
+        return r" \cdot ".join(xs)
+
+    texts = [product(factors[::-1]), product(factors[:-1]), product([*factors, "t"]), rf"{product(factors)} + 10^{{-25}}"]
+    assert patient.grade([box(text) for text in texts], [product(factors)] * 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1.70e4", (17, 3)), (r"1.7 \times 10^{4}", (17, 3)), ("17000", (17, 3)), ("10^{5}", (1, 5)), ("-0.0e9", (0, 0)),
+     ("1e999999999", (1, 999999999)), ("-2.50E-2", (-25, -3)), ("e5", None), ("1e", None), ("1e5x", None), (".", None)],
+)  # fmt: skip
+def test_a_number_with_a_power_of_ten_is_a_mantissa_and_an_exponent(text, value):
+    assert scientific(text) == value
+
+
+def test_large_exponents_of_a_written_number_cost_nothing():
+    with Grader(timeout=60.0) as grader:
+        huge = ["1e999999999", r"3 \times 10^{999999999999}", "10^{999999999}", "-2.5E-999999999"]
+        began = time.monotonic()
+        assert grader.grade([box(h) for h in huge] * 2, ["7"] * 4 + [r"\frac{x}{3}"] * 4) == [0.0] * 8
+        assert grader.grade([box(huge[0])], ["10e999999998"]) == [1.0]
+        assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["\u221a{", "\u221a(", "\u00bd^(", "^(", "_{", r"\frac", r"\sqrt[", "abs(", r"\text{", "1,234", "~", "\u00b0", r"\pi(",
+     "a)b)", r"0.\overline{", "or ", "|", "x=", "x<"],
+)  # fmt: skip
+def test_repairs_of_a_hostile_answer_end(piece):
+    text = (piece * MAX_ANSWER_CHARS)[:MAX_ANSWER_CHARS]
+    began = time.perf_counter()
+    readings(GOLD, text), readings(text, GOLD), another_form(text)
+    assert time.perf_counter() - began < 5.0
+
+
+def test_files_beside_the_worker_do_not_shadow_libraries(tmp_path):
+    for source in ROOT.glob("grader*.py"):
+        (tmp_path / source.name).write_text(source.read_text())
+    for name in ("plan", "sympy", "mpmath", "math_verify", "json", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    with Grader(workers=1) as grader:
+        grader.command = [part.replace(str(ROOT), str(tmp_path)) for part in grader.command]
+        assert str(tmp_path / "grader_worker.py") in grader.command
+        assert grader.grade([box(r"\frac12")], ["0.5"]) == [1.0]
+
+
+def test_references_that_nothing_can_match_are_found(patient):
+    gradable = ["17", "1e-05", r"\frac{x}{2}", "A", r"\text{Evelyn}", "x=1, x=2", r"(0,1]\cup\{3\}", "E_1+E_2", "10 weeks"]
+    not_gradable = ["", "(a) 3 (b) 4", "1) x=2; 2) y=3", "x^2+", r"\frac{1}{", "the sum of all the primes", "(" * 2000,
+                    r"\text{It is increasing on the whole line}", r"AB \parallel CD"]  # fmt: skip
+    assert patient.gradable(gradable + not_gradable) == [True] * len(gradable) + [False] * len(not_gradable)
+    assert patient.gradable([]) == [] and Grader(kind="boxed").gradable(["any text"]) == [True]
+
+
+def test_a_fault_in_a_repair_is_counted_and_ends_nothing(grader, monkeypatch):
+    monkeypatch.setattr("grader.readings", lambda *pair: 1 / 0)
+    before = grader.timeouts
+    assert grader.grade([box("x + 1 + 1"), box("3")], ["x+2", "3"]) == [0.0, 1.0] and grader.timeouts == before + 1
 
 
 def test_kind_boxed_is_string_equality_and_nothing_else():
@@ -267,7 +382,7 @@ def test_verdicts_are_kept_for_their_own_answer_only():
 
 
 def test_the_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr("grader.CACHED_VERDICTS", 4)
+    monkeypatch.setattr("infra.grader.CACHED_VERDICTS", 4)
     with Grader() as grader:
         assert grader.grade([box(f"{n} + 1") for n in range(20)], [str(n + 1) for n in range(20)]) == [1.0] * 20
         assert grader.judge.cache_info().currsize <= 4
@@ -377,7 +492,7 @@ def test_close_leaves_no_process_and_may_come_twice():
 
 ORPHANS = r"""
 import os, sys, threading, time
-from grader import Grader
+from infra.grader import Grader
 grader = Grader(timeout=2.0)
 grader.grade([r"\boxed{\frac12}", r"\boxed{\frac13}", r"\boxed{\frac14}"], ["x", "y", "z"])
 if sys.argv[1] == "forked" and os.fork() == 0:
@@ -519,6 +634,18 @@ def test_references_match_themselves_also_without_the_short_cut(grader, names):
     verdicts = ask_math_verify(grader, [(a, a) for a in answers])
     print(f"{names}: math-verify alone {verdicts.count(True)} of {len(answers)}")
     assert verdicts.count(True) >= 0.995 * len(answers)
+
+
+@needs_data
+def test_references_match_light_rewrites_of_themselves_and_are_gradable(patient):
+    answers = sorted(set(references("math500", "aime24", "aime25")))
+    for rewrite in (
+        lambda a: rf"\displaystyle {a}", lambda a: a.replace(r"\left", "").replace(r"\right", ""),
+        lambda a: f"$ {a} $", lambda a: a.replace(r"\frac", r"\dfrac "), lambda a: re.sub(r"([-+=])", r" \1 ", a),
+    ):  # fmt: skip
+        scores = patient.grade([box(rewrite(a)) for a in answers], answers)
+        assert [a for a, score in zip(answers, scores, strict=True) if not score] == []
+    assert [a for a, possible in zip(answers, patient.gradable(answers), strict=True) if not possible] == []
 
 
 @needs_data

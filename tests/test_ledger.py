@@ -2,14 +2,13 @@
 
 import json
 
-import dataset
 import pytest
-import run_folder
 import torch
 from conftest import load, read_jsonl, write_jsonl
 from test_scripts import mixed_rule
 
-import common
+from infra import dataset, run_folder
+from infra.cli import RunStopped
 
 SMALL = {"max_response_tokens": 4, "max_steps": 2, "temperature": 1.0}
 
@@ -39,14 +38,14 @@ def half(data, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
-@pytest.mark.parametrize("script, args", [("grpo", grpo), ("opd", opd), ("fkl_warmup", warmup)])
+@pytest.mark.parametrize("script, args", [("grpo", grpo), ("variants/opd_weighted", opd), ("variants/fkl_weighted", warmup)])
 def test_a_label_outside_the_split_is_never_consulted(
     run_script, fake_grader, checkpoints, data, half, tmp_path, script, args
 ):
     asked = []
     fake_grader(lambda answer, j: asked.append(answer) or float(j % 2))
     weighted = {} if script == "grpo" else {"reward_weight": 1.0}
-    with pytest.raises(common.RunStopped, match="a label outside --label-split"):
+    with pytest.raises(RunStopped, match="a label outside --label-split"):
         run_script(script, **args(checkpoints, data, label_split=half, out=str(tmp_path / "run"), max_steps=9, **weighted))
     assert set(asked) <= {f"p{i}" for i in range(6)}, "the grader was asked about another"
     record = json.loads((tmp_path / "run/run.json").read_text())
@@ -56,8 +55,8 @@ def test_a_label_outside_the_split_is_never_consulted(
 def test_pass_rates_are_labels_too(run_script, checkpoints, data, half, tmp_path):
     rows = [{"problem": row["problem"], "reward": float(k)} for row in read_jsonl(tmp_path / "data.jsonl") for k in (0, 1)]
     rates = write_jsonl(tmp_path / "generations.jsonl", rows)
-    with pytest.raises(common.RunStopped, match="a label outside --label-split"):
-        run_script("opd", **opd(checkpoints, data, paced=rates, label_split=half))
+    with pytest.raises(RunStopped, match="a label outside --label-split"):
+        run_script("variants/opd_weighted", **opd(checkpoints, data, paced=rates, label_split=half))
 
 
 def test_inside_its_split_a_run_is_what_it_is_without_one(run_script, fake_grader, checkpoints, data):

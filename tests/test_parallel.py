@@ -163,6 +163,7 @@ def test_changed_flags_of_a_resumed_run(run_script, checkpoints, data, tmp_path,
     record = json.loads((folder / "run.json").read_text()) | {"finished": False}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000001" / "state.json").write_text("{}")
     with pytest.raises(UsageError, match="--resume: --seed was 1, now 7: repeat the flags"):
         run_script("opd", **args | {"resume": True, "seed": 7})
     monkeypatch.setattr(sys, "argv", [str(ROOT / "opd.py")])

@@ -223,6 +223,19 @@ def test_a_response_does_not_depend_on_the_batch_it_was_sampled_in():
     assert runs[0] == runs[1] == runs[2] and len({str(ids) for ids in runs[0]}) > 20
 
 
+def test_what_was_kept_is_not_sampled_again_and_the_rest_comes_out_the_same():
+    """Batch by batch: whatever was kept when a process was killed, the same responses in float32, bit for bit."""
+    _, sampler = make(batch_tokens=300)
+    kept = []
+    whole = sampler.sample(PROMPTS, 4, (7,), keep=kept.append)
+    assert len(kept) > 2 and sorted(i for some in kept for i in some) == list(range(len(PROMPTS)))
+    assert all(some[i] == whole[4 * i : 4 * i + 4] for some in kept for i in some)
+    for count in range(len(kept) + 1):
+        again, known = [], {i: responses for some in kept[:count] for i, responses in some.items()}
+        assert sampler.sample(PROMPTS, 4, (7,), known=known, keep=again.append) == whole
+        assert again == kept[count:]
+
+
 def test_sampling_leaves_the_model_as_it_was(monkeypatch):
     model, sampler = make(T=2)
     for training in (True, False):

@@ -16,6 +16,7 @@ from conftest import load, next_token_logits, random_model, read_jsonl, write_js
 import common
 import toy
 from infra import batches, dataset, models, sampler_hf, samples_page
+from infra.prompts import render_prompt
 
 MIXED = {"p0": 1, "p1": 2, "p2": 3, "p4": 1, "p5": 2, "p7": 3, "p8": 1, "p9": 2, "p10": 3}  # right answers of 4; else 0 or 4
 
@@ -132,7 +133,7 @@ def naive_grpo(folder, rollout, rewards, args, updates, minibatch_prompts):
 def rewards_of(rule, data, rollout, tokenizer):
     """The rewards that the fake grader gave, in the order of the rollout."""
     answers = {
-        tuple(dataset.render_prompt(tokenizer, p, "", False)): p.answer for p in dataset.load_problems(data, "--x", True)
+        tuple(render_prompt(tokenizer, p, "", False)): p.answer for p in dataset.load_problems(data, "--x", True)
     }
     prompts, n, _ = rollout
     return [rule(answers[tuple(prompt)], j) for prompt in prompts for j in range(n)]
@@ -359,7 +360,7 @@ def test_grpo_dynamic_sampling_replaces_groups_with_equal_rewards(run_script, fa
     )
     tokenizer = toy.make_tokenizer()
     answers = {
-        tuple(dataset.render_prompt(tokenizer, p, "", False)): p.answer for p in dataset.load_problems(data, "--x", True)
+        tuple(render_prompt(tokenizer, p, "", False)): p.answer for p in dataset.load_problems(data, "--x", True)
     }
     first_draw = [answers[tuple(prompt)] for prompt in run.samples[0][0]]
     assert any(a not in MIXED for a in first_draw) and len(run.samples) == 2, "the seed should need one more draw"

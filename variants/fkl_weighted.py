@@ -27,7 +27,8 @@ from infra import batches, cli, dataset, models, parallel, plan, preflight, run_
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
-from infra.sampler import Response
+from infra.prompts import render_prompts
+from infra.sampler import Response, vocabulary_size
 from infra.sampler_hf import HFSampler
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -93,15 +94,20 @@ def main(args: Args) -> None:
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
-    problems, [prompts, teacher_prompts] = dataset.render_prompts(args, problems, both, thinking)
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     eval_set = common.load_eval(args, tokenizer)
-    rollouts = load_rollouts(args, problems, len(tokenizer)) if args.rollouts else None
+    rollouts = load_rollouts(args, problems, vocabulary_size(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
+    require(
+        args.rollouts_per_step <= rollout_count,
+        f"--rollouts-per-step {args.rollouts_per_step} is more than the {rollout_count} rollouts; use at most that, or "
+        f"raise --rollouts-per-prompt",
+    )
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
@@ -168,7 +174,7 @@ def main(args: Args) -> None:
             with models.autocast(device, dtype):
                 hidden, head, ids = batches.response_hidden(model, [prompts[batch[k]] for k in rows], chosen_ids)
                 target = TeacherHead(teacher_hidden, teacher_head)
-                weight = torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device)  # a mean over the batch's
+                weight = torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device)  # a mean by weight
                 options = {"kind": "forward_kl", "temperature": args.temperature, "target_ids": ids}
                 if args.loss == "ce":
                     _, stats = fused_linear_divergence(hidden.detach(), head.detach(), target, **options)  # to log
@@ -218,7 +224,7 @@ def main(args: Args) -> None:
 
 def load_rollouts(args, problems, vocabulary: int) -> list[tuple[int, Response]]:
     """(index of the problem, response) of each row of --rollouts. Raises UsageError for a row that does not fit."""
-    rows, index = dataset.load_rows(args.rollouts, "--rollouts"), {problem.text: i for i, problem in enumerate(problems)}
+    rows, index = dataset.load_rows(args.rollouts, "--rollouts"), {problem.key: i for i, problem in enumerate(problems)}
     require(
         rows
         and all(row.get("problem") in index and row.get("response_ids") and "truncated" in row for row in rows)
@@ -234,9 +240,10 @@ def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tu
     aside, where a killed run finds what it had sampled."""
     path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     else:
-        lines = aside.read_text().splitlines(keepends=True) if aside.exists() else []
+        lines = aside.read_text(encoding="utf-8").splitlines(keepends=True) if aside.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
         lines = lines[: len(lines) // (PROBLEMS_PER_PART * n) * PROBLEMS_PER_PART * n]  # whole parts only
         parallel.barrier()  # every rank has read what rank 0 now writes to
         with (
@@ -248,7 +255,7 @@ def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tu
                 part = range(start, min(start + PROBLEMS_PER_PART, len(problems)))
                 responses = sampler.sample([prompts[i] for i in part], n, seed=(args.seed, start), progress=bar)
                 for k, r in enumerate(responses):
-                    row = {"problem": problems[start + k // n].text, "response_ids": r.ids, "truncated": r.truncated}
+                    row = {"problem": problems[start + k // n].key, "response_ids": r.ids, "truncated": r.truncated}
                     lines.append(json.dumps(row | {"response": tokenizer.decode(r.ids)}) + "\n")
                 file.writelines(lines[-len(responses) :])
                 file.flush()

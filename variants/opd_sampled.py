@@ -24,6 +24,7 @@ from infra import batches, cli, dataset, models, parallel, plan, preflight, run_
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
@@ -73,9 +74,7 @@ def main(args: Args) -> None:
     common.check(args, positive="prompts_per_step")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(
-        args, plan.Workload(student, {"teacher": teacher}, sampled=student, responses=args.prompts_per_step, cached=True)
-    )
+    plan.check(args, plan.Workload(student, {"teacher": teacher}, student, args.prompts_per_step, cached=True))
 
     # ---- problems and prompts
     problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
@@ -83,12 +82,12 @@ def main(args: Args) -> None:
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
-    problems, [prompts, teacher_prompts] = dataset.render_prompts(args, problems, both, thinking)
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
@@ -162,7 +161,7 @@ def main(args: Args) -> None:
                 if args.tis_cap and args.sampler == "vllm":
                     # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
                     advantage = advantage * (stats.student_logprob - reported).exp().clamp(max=args.tis_cap)
-                loss = -(advantage * logprobs).sum() / tokens  # a mean over all of the batch's
+                loss = -(advantage * logprobs).sum() / tokens  # a mean over all tokens
             meter.sum("losses/policy_loss", loss)
             telemetry.add_divergences(meter, stats, "reverse_kl", [len(r) for r in chosen_ids])
             telemetry.add_overlap(meter, hidden, head, target, args.temperature, tokens)

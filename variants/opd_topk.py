@@ -32,6 +32,7 @@ from infra.cli import RunStopped, UsageError, require
 from infra.grader import Grader
 from infra.hub import RETRY_WAITS, first_line
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherTopK, fused_linear_divergence
 
@@ -82,18 +83,18 @@ def main(args: Args) -> None:
     require(args.temperature == 1, f"--temperature {args.temperature}: the server's log-probabilities are at 1; use that")
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     student = plan.Sizes.read(args.student, "--student")
-    plan.check(args, plan.Workload(student, {}, sampled=student, responses=args.prompts_per_step))
+    plan.check(args, plan.Workload(student, {}, student, args.prompts_per_step))
 
     # ---- problems and prompts
     problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.student, "--student")
-    problems, [prompts] = dataset.render_prompts(args, problems, [tokenizer], [args.thinking])
+    problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     check_teacher(args, tokenizer, student.config.vocab_size, max(map(len, prompts)))
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = run_folder.Run(args, total_steps)
+    run = run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
@@ -157,7 +158,7 @@ def main(args: Args) -> None:
                     target,
                     kind=args.loss,
                     jsd_beta=args.jsd_beta,
-                    weight=torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device),  # a mean over the batch's
+                    weight=torch.full(ids.shape, 1 / tokens, dtype=torch.float64, device=device),  # a mean over all tokens
                     temperature=args.temperature,
                     target_ids=ids,
                 )

@@ -27,6 +27,7 @@ from infra import batches, cli, dataset, models, parallel, plan, preflight, run_
 from infra.cli import require
 from infra.grader import Grader
 from infra.meter import Meter
+from infra.prompts import render_prompts
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence
 
@@ -84,9 +85,7 @@ def main(args: Args) -> None:
     require(0 < args.tip_fraction <= 1, f"--tip-fraction {args.tip_fraction}: must be above 0 and at most 1")
     require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(
-        args, plan.Workload(student, {"teacher": teacher}, sampled=student, responses=args.prompts_per_step, cached=True)
-    )
+    plan.check(args, plan.Workload(student, {"teacher": teacher}, student, args.prompts_per_step, cached=True))
 
     # ---- problems and prompts
     answers = args.reward_weight > 0  # are needed
@@ -95,13 +94,13 @@ def main(args: Args) -> None:
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
-    problems, [prompts, teacher_prompts] = dataset.render_prompts(args, problems, both, thinking)
+    problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
     eval_set = common.load_eval(args, tokenizer)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
@@ -199,7 +198,7 @@ def main(args: Args) -> None:
                     target,
                     kind=args.loss,
                     jsd_beta=args.jsd_beta,
-                    weight=torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device),  # a mean over the batch's
+                    weight=torch.cat([torch.zeros(0), *(weights[k] for k in rows)]).to(device),  # a mean by weight
                     **options,
                 )
                 if trained < tokens:  # there the tokens of weight 0 are left out; the metrics are means over all

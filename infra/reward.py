@@ -1,0 +1,72 @@
+# docs/grader.md
+"""What rewards a response: the grader of mathematics, or a function of one's own, named on the command line.
+
+    --grader math                  equal as mathematics to the reference answer (infra/grader.py)
+    --grader boxed                 the same string in the box
+    --grader my_reward.py:brevity  a function of your own; its parameters are some of
+
+        response (str)   the text that was sampled, special tokens left out
+        problem (str)    the text of the problem
+        answer (str)     the reference answer: a function that names it uses labels, and the data must have them
+
+It returns a number, the higher the better. It is called in the trainer's process, one response at a time.
+"""
+
+import importlib.util
+import inspect
+import math
+from pathlib import Path
+
+from infra.cli import UsageError, require
+from infra.grader import Grader
+
+PARAMETERS = ("response", "problem", "answer")
+
+
+def make_grader(spec: str):
+    """The grader that --grader names. Raises UsageError where it is none, or its file does not hold such a function."""
+    return Grader(spec) if spec in ("math", "boxed") else OwnReward(spec)
+
+
+class OwnReward:
+    """A reward of one's own; `grade` takes problems where Grader takes their answers."""
+
+    unparsable = timeouts = 0
+
+    def __init__(self, spec: str):
+        path, _, name = spec.rpartition(":")
+        require(path.endswith(".py"), f"--grader {spec}: choose math, boxed, or FILE.py:FUNCTION")
+        require(Path(path).is_file(), f"--grader {spec}: there is no file {path}")
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(path).stem, path))
+        try:
+            module.__spec__.loader.exec_module(module)
+        except Exception as error:
+            raise UsageError(f"--grader {spec}: {path} cannot be loaded ({type(error).__name__}: {error})") from error
+        self.function, self.spec = getattr(module, name, None), spec
+        require(callable(self.function), f"--grader {spec}: {path} has no function {name}")
+        self.parameters = list(inspect.signature(self.function).parameters)
+        others = [one for one in self.parameters if one not in PARAMETERS]
+        require(not others, f"--grader {spec}: {name} may take {', '.join(PARAMETERS)}, not {', '.join(others)}")
+        self.uses_labels = "answer" in self.parameters
+
+    def grade(self, responses: list[str], problems) -> list[float]:
+        """Rewards in the order of `responses`. Raises UsageError where the function gives no finite number."""
+        rewards = []
+        for response, problem in zip(responses, problems, strict=True):
+            given = {"response": response, "problem": problem.text, "answer": problem.answer}
+            reward = self.function(**{one: given[one] for one in self.parameters})
+            try:
+                rewards.append(float(reward))
+            except (TypeError, ValueError):
+                rewards.append(math.nan)
+            require(math.isfinite(rewards[-1]), f"--grader {self.spec}: gave {reward!r} for the response {response[:80]!r}")
+        return rewards
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
