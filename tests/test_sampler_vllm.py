@@ -60,6 +60,11 @@ def test_the_canary_catches_a_stale_prefix_cache(measured, model):
     assert "weight sync 3" in measured[model]["stale_prefix_cache"]
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_prefix_cache_that_cannot_be_emptied_ends_the_run(measured, model):
+    assert "could not empty its prefix cache" in measured[model]["reset_refused"]
+
+
 @pytest.mark.parametrize("model", ["qwen3 tied", "llama tied"])
 def test_the_canary_catches_a_stale_tied_head(measured, model):
     assert "weight sync 4" in measured[model]["stale_head"]
@@ -107,6 +112,11 @@ def test_sampler_logprobs_are_those_behind_temperature_top_p_and_top_k(measured,
 def test_without_a_model_it_reads_the_checkpoint_and_every_eos_of_its_generation_config(measured):
     one = measured["sampling"]
     assert one["read_greedy"] == one["read_greedy_hf"] and one["ends"] == [3, toy.ID["<|im_end|>"]]
+
+
+def test_more_prompts_than_the_engine_reads_at_once(measured):
+    """On a CPU vLLM 0.32 ended in an error where one was read in two pieces."""
+    assert measured["sampling"]["many"] == 800
 
 
 def test_progress_counts_every_response_once(measured):

@@ -100,7 +100,9 @@ def check_model(arch, tied) -> dict:
     measured["diff_greedy"] = logprob_diff(model, greedy(sampler), 1)
 
     perturb(model, 2)
-    reset, sampler.llm.reset_prefix_cache = sampler.llm.reset_prefix_cache, lambda: None
+    reset, sampler.llm.reset_prefix_cache = sampler.llm.reset_prefix_cache, lambda: False
+    measured["reset_refused"] = refusal(sync_and_sample, sampler, model)
+    sampler.llm.reset_prefix_cache = lambda: True
     measured["stale_prefix_cache"] = refusal(sync_and_sample, sampler, model)
     sampler.llm.reset_prefix_cache = reset
     if tied:
@@ -128,6 +130,7 @@ def check_sampling() -> dict:
     same = sampler.sample([PROMPTS[0]] * 8, 1)
     measured["distinct_of_equal_prompts"] = len({tuple(r.ids) for r in same})
 
+    measured["many"] = len(sampler.sample(PROMPTS * 200, 1))  # more tokens than vLLM reads at once
     counts = []
     bar = type("Bar", (), {"update": lambda self, count: counts.append(count)})()
     sampler.sample(PROMPTS, 5, progress=bar)
