@@ -19,6 +19,7 @@ import numpy as np
 from infra import dataset, plan, run_folder, stages
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
+from infra.files import write_aside
 from infra.models import load_tokenizer
 from infra.preflight import KL_WARNING
 from infra.prompts import render_all
@@ -67,7 +68,7 @@ def run(args, labeled: list[dataset.Problem], folder: Path, seed: int) -> dict:
 
     record = read(args, folder, len(labeled))
     text = markdown(record)
-    (folder / "pilot.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_aside(folder / "pilot.json", json.dumps(record, indent=2))
     (folder / "pilot.md").write_text(f"# Pilot\n\n{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nwrote {folder}/pilot.json and pilot.md", flush=True)
     return record
