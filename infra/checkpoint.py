@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from infra import parallel
 from infra.files import full_disk, read_record
+
+# what --lora-rank freezes is in the base, which is not written again; dcp.load still misses what is asked of it
+LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def folders(out: str | Path) -> list[Path]:
@@ -67,7 +70,7 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
         aside.mkdir(parents=True)
     parallel.barrier()
     try:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=LEARNED)
         with _quiet():
             dcp.save(
                 {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside, no_dist=not dist.is_initialized()
@@ -92,12 +95,13 @@ def restore(folder: Path, model, optimizer) -> dict:
 
     Raises OSError where the folder cannot be read."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=LEARNED)
     loaded = {"model": model_state, "optimizer": optimizer_state}
     try:
         with _quiet():
             dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        states = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
+        set_state_dict(model, optimizer, **states, options=LEARNED)
     except torch.OutOfMemoryError:
         raise
     except (Exception, dcp.CheckpointException) as error:
