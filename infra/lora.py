@@ -39,13 +39,15 @@ def inject(model, rank: int, alpha: float, seed: int):
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # freezes all else; adapters have no memory yet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)  # freezes all that is no adapter
         for _, layer in adapted(model):
-            master = torch.promote_types(layer.base_layer.weight.dtype, torch.float32)
-            layer.lora_A.to(master), layer.lora_B.to(master)
-            layer.reset_lora_parameters("default", True)  # anew, as peft drew them in the dtype of the base
+            base = layer.base_layer.weight
+            master = torch.promote_types(base.dtype, torch.float32)
+            for matrix in (layer.lora_A.default, layer.lora_B.default):
+                matrix.weight = nn.Parameter(torch.empty(matrix.weight.shape, dtype=master, device=base.device))
+            layer.reset_lora_parameters("default", True)
             layer.cast_input_dtype_enabled = False  # autocast does, without a copy of the input for each layer
     return model
 
