@@ -29,6 +29,10 @@ class RunArgs:
     """seed of data order and sampling; on one CPU the same command gives bit-identical weights"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 over float32 master weights on CUDA, float32 on a CPU"""
+    lora_rank: int = 0
+    """train adapters of this rank in all linear layers of the decoder, the weights frozen; 0: train all weights"""
+    lora_alpha: float = 32
+    """adapters count alpha / rank times, so that one learning rate suits every rank"""
     micro_batch_tokens: int = 16384
     """padded tokens per forward-backward pass; changes memory and speed, not the gradient"""
     gradient_checkpointing: bool = False
@@ -105,7 +109,10 @@ def check(args, positive: str) -> None:
     require(args.top_p == 1, f"--top-p {args.top_p}: training needs the full support; use --top-p 1 (and --temperature)")
     shared = "epochs max_steps learning_rate max_prompt_tokens max_response_tokens temperature rollout_batch_tokens "
     require_positive(args, f"{positive} {shared} micro_batch_tokens keep_last stop_patience")
-    require(args.learning_rate_warmup_steps >= 0, f"--learning-rate-warmup-steps {args.learning_rate_warmup_steps}: below 0")
+    require_positive(args, "lora_alpha")
+    require(args.lora_rank >= 0, f"--lora-rank {args.lora_rank}: must be 0 (train all weights) or more")
+    if args.learning_rate is None:  # ten times as high for LoRA: Schulman et al., "LoRA Without Regret", 2025
+        args.learning_rate = 1e-5 if args.lora_rank else 1e-6
     require(0 <= args.stop_truncated_frac <= 1, f"--stop-truncated-frac {args.stop_truncated_frac}: must lie in 0 to 1")
     warmup = args.learning_rate_warmup_steps
     require(warmup >= 0, f"--learning-rate-warmup-steps {warmup}: must be 0 (none) or more")

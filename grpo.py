@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 import common
-from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
+from infra import batches, cli, dataset, lora, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
 from infra.meter import Meter
 from infra.prompts import render_prompts
@@ -51,8 +51,8 @@ class Args(common.RunArgs, common.RolloutArgs):
     """stop behind the step that brings the FLOPs to this, as run.json counts them"""
     minibatch_prompts: int = 128
     """problems per optimizer step; divides prompts_per_step"""
-    learning_rate: float = 1e-6
-    """AdamW's"""
+    learning_rate: float | None = None
+    """AdamW's; none: 1e-6, with --lora-rank 1e-5"""
     learning_rate_warmup_steps: int = 0
     """steps over which the learning rate rises to that"""
     learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
@@ -106,8 +106,10 @@ def main(args: Args) -> None:
     run = run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
-    model = models.load_model(args.model, "--model", device, dtype, True, args.hybrid_shard)
-    ref = models.load_model(args.model, "--model", device, dtype, False, args.hybrid_shard) if args.kl_coef else None
+    model = models.load_policy(args, args.model, "--model", device, dtype)
+    ref = model if args.kl_coef else None  # with --lora-rank it is the policy, its adapters off
+    if args.kl_coef and not args.lora_rank:
+        ref = models.load_model(args.model, "--model", device, dtype, False, args.hybrid_shard)
     if args.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -127,6 +129,11 @@ def main(args: Args) -> None:
         with models.autocast(device, dtype):
             hidden, head, ids = batches.response_hidden(model, prompt_ids, response_ids)
             return hidden, head, *fused_linear_logprob(hidden, head, ids, temperature=args.temperature)
+
+    def reference(prompt_ids, response_ids):
+        """-> the reference's hidden states (N, H) and head (V, H). With --lora-rank it is the policy, so it goes first."""
+        with torch.no_grad(), models.autocast(device, dtype), lora.adapters_off(ref):
+            return TeacherHead(*batches.response_hidden(ref, prompt_ids, response_ids)[:2])
 
     while step < total_steps and not run.over(args.max_flops):
         step += 1
@@ -179,6 +186,7 @@ def main(args: Args) -> None:
         for b, (micro_batches, tokens) in enumerate(minibatches):
             for m, rows in enumerate(micro_batches):
                 prompt_ids, response_ids = [prompts[batch[k]] for k in rows], [responses[k].ids for k in rows]
+                target = reference(prompt_ids, response_ids) if ref is not None else None
                 hidden, head, new_logprobs, entropy = logprobs(prompt_ids, response_ids)
                 old = old_logprobs.get((b, m), new_logprobs.detach())  # (N,)
                 sizes = torch.tensor([len(r) for r in response_ids], dtype=torch.long, device=device)
@@ -200,8 +208,6 @@ def main(args: Args) -> None:
                 policy_loss = loss = pg_loss.sum() / tokens
 
                 if ref is not None:
-                    with torch.no_grad(), models.autocast(device, dtype):
-                        target = TeacherHead(*batches.response_hidden(ref, prompt_ids, response_ids)[:2])
                     with models.autocast(device, dtype):
                         options = {"weight": torch.full_like(old, 1 / tokens), "temperature": args.temperature}
                         ref_kl, _ = fused_linear_divergence(hidden, head, target, kind="reverse_kl", **options)
@@ -228,7 +234,7 @@ def main(args: Args) -> None:
         response_tokens = sum(len(r.ids) for r in sampled)
         forward = response_tokens + sum(G * len(prompts[i]) for i, _, _ in drawn)  # when sampling
         forward += sum(passed[1:]) + (sum(passed) if ref is not None else 0)  # when scoring
-        run.spend(len(minibatches), response_tokens, flops=params * (2 * forward + 6 * sum(passed)))
+        run.spend(len(minibatches), response_tokens, flops=2 * params * forward + models.train_flops(model) * sum(passed))
         metrics = meter.metrics() | telemetry.of_responses(sampled)
         metrics |= {
             "charts/reward": float(by_group.mean()),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from infra import parallel
 from infra.files import full_disk, read_record
@@ -56,6 +56,15 @@ def step(folder: Path | None) -> int:
     return int(folder.name.removeprefix("step_")) if folder else 0
 
 
+def learned(model, optimizer) -> dict:
+    """The states of both, but for frozen weights: what --lora-rank freezes is in its base, and is not written again."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied head too
+        if not parameter.requires_grad:
+            model_state.pop(name, None)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
 def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
     """Write OUT/checkpoints/step_NNNNNN, NNNNNN being state["step"], then delete all but the `keep_last` newest.
 
@@ -67,11 +76,9 @@ def save(out: Path, model, optimizer, state: dict, keep_last: int) -> None:
         aside.mkdir(parents=True)
     parallel.barrier()
     try:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        states = learned(model, optimizer)
         with _quiet():
-            dcp.save(
-                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside, no_dist=not dist.is_initialized()
-            )
+            dcp.save(states, checkpoint_id=aside, no_dist=not dist.is_initialized())
         if parallel.rank() == 0:
             files = {path.name: path.stat().st_size for path in aside.iterdir()}
             (aside / "state.json").write_text(json.dumps(state | {"files": files}), encoding="utf-8")
@@ -92,12 +99,12 @@ def restore(folder: Path, model, optimizer) -> dict:
 
     Raises OSError where the folder cannot be read."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    loaded = {"model": model_state, "optimizer": optimizer_state}
+    loaded = learned(model, optimizer)
     try:
         with _quiet():
             dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        states = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
+        set_state_dict(model, optimizer, **states, options=StateDictOptions(strict=False))  # dcp.load was strict
     except torch.OutOfMemoryError:
         raise
     except (Exception, dcp.CheckpointException) as error:

@@ -15,7 +15,7 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from infra import parallel
+from infra import lora, parallel
 from infra.cli import UsageError, require
 from infra.files import full_disk
 from infra.hub import explain_missing, first_line, from_hub
@@ -93,18 +93,37 @@ def load_tokenizer(path: str, flag: str):
     return tokenizer
 
 
-def load_model(path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard=False, offload=False):
+def load_policy(args, path: str, flag: str, device, dtype: torch.dtype):
+    """The model that trains: all of its weights, or with --lora-rank adapters in a frozen model."""
+    adapters = (args.lora_rank, args.lora_alpha, args.seed) if args.lora_rank else None
+    model = load_model(path, flag, device, dtype, True, args.hybrid_shard, adapters=adapters)
+    if adapters:
+        learns, [whole] = sum(p.numel() for p in model.parameters() if p.requires_grad), count_params(model)
+        layers = len(lora.adapted(model))
+        print(f"--lora-rank {args.lora_rank}: {learns} of {whole} parameters learn, in {layers} linear layers", flush=True)
+    return model
+
+
+def load_model(
+    path: str, flag: str, device, dtype: torch.dtype, trainable: bool, hybrid_shard=False, offload=False, adapters=None
+):
     """Causal LM in eval mode (no dropout, whose noise would break the importance ratio). Trainable weights are float32
     masters (float64 under --dtype float64); frozen ones are stored in the compute dtype. Sharded if there are ranks.
     With `offload` it waits in the CPU's memory: sharded weights are fetched layer by layer, a whole model by `on_device`.
+    With `adapters`, lora.inject's (rank, alpha, seed), it is frozen and they train.
 
-    Raises UsageError as read_checkpoint does."""
-    master = torch.float32 if trainable and dtype == torch.bfloat16 else dtype
+    Raises UsageError as read_checkpoint and lora.inject do."""
+    master = torch.float32 if trainable and dtype == torch.bfloat16 and not adapters else dtype
+
+    def prepare(model):
+        return lora.inject(model, *adapters) if adapters else model.requires_grad_(trainable)
+
+    def load():
+        return prepare(read_checkpoint(path, flag, master))
+
     if parallel.world_size() == 1:
-        model = read_checkpoint(path, flag, master).to("cpu" if offload else device)
-    else:
-        model = parallel.load_sharded(lambda: read_checkpoint(path, flag, master), master, dtype, hybrid_shard, offload)
-    return model.eval().requires_grad_(trainable)
+        return load().to("cpu" if offload else device).eval()
+    return parallel.load_sharded(load, prepare, master, dtype, hybrid_shard, offload).eval()
 
 
 def read_checkpoint(path: str, flag: str, dtype: torch.dtype):
@@ -202,6 +221,11 @@ def count_params(*models) -> list[int]:
     return [sum(p.numel() for p in model.parameters()) for model in models]
 
 
+def train_flops(model) -> int:
+    """FLOPs a token of one forward and backward pass: 6 a parameter that learns, 4 a frozen one, which gets no gradient."""
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+
+
 @contextlib.contextmanager
 def on_device(model, device, offload: bool):
     """Within, a frozen whole model that `offload` keeps in the CPU's memory is on `device`. A sharded one has its place, or
@@ -249,18 +273,19 @@ def enable_gradient_checkpointing(model) -> None:
 
 
 def save_model(model, tokenizer, out: Path, dtype: torch.dtype) -> None:
-    """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from."""
+    """Ordinary Hugging Face checkpoint in the compute dtype, the precision in which it was sampled from. With LoRA the
+    adapters are merged in it, and beside it, in their own precision, in adapter/."""
     state = {}
-    for name, tensor in model.state_dict().items():
-        whole = parallel.full_tensor(tensor)  # every rank takes part, rank 0 keeps it
+    for name, whole in lora.plain_weights(model):  # every rank takes part, rank 0 keeps it
         if parallel.rank() == 0:
             state[name] = whole.to(dtype).cpu()
+    adapter = lora.adapter_state(model)
     if parallel.rank():
         return
-    if model.config.tie_word_embeddings:  # the cast gave the head storage of its own; it is saved once, as the embedding
-        state = {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
     with _aside(out) as folder:
         _write(model, tokenizer, folder, state, dtype)
+        if adapter:
+            lora.write_adapter(model, adapter, folder / "adapter")
         for path in sorted(folder.iterdir()):
             if path.is_dir():
                 shutil.rmtree(out / path.name, ignore_errors=True)

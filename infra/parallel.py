@@ -156,15 +156,16 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_sharded(load, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool, offload: bool):
+def load_sharded(load, prepare, dtype: torch.dtype, compute_dtype: torch.dtype, hybrid: bool, offload: bool):
     """The model that `load()` returns, sharded. Only rank 0 calls it, so that a node holds one whole copy, not eight; the
-    others build theirs from the configs that rank 0's ended with."""
+    others build theirs from the configs that rank 0's ended with, and `prepare` it as `load` does."""
     loaded = load() if rank() == 0 else None
     config, generation_config, name = on_rank_zero(lambda: (loaded.config, loaded.generation_config, loaded.name_or_path))
     with no_init_weights():  # pages that nothing writes take no memory
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     model.generation_config, model.name_or_path = generation_config, name
+    model = prepare(model)
     shard(model, compute_dtype, hybrid, offload)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, {} if loaded is None else loaded.state_dict(), options=options)

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from infra import parallel
+from infra import lora, parallel
 from infra.cli import require
 from infra.hub import explain_missing, from_hub
 from infra.models import autocast, device_and_dtype
@@ -40,6 +40,7 @@ class Sizes:
     root: int  # of the embedding, the head and the last norm: gathered together, and whole from forward to backward
     layer: int  # of one decoder layer
     kv: int  # cache elements a token
+    rank_one: int  # of LoRA adapters of rank 1: inputs + outputs of all linear layers in the decoder
 
     @staticmethod
     def read(path: str, flag: str) -> "Sizes":
@@ -52,7 +53,9 @@ class Sizes:
         params = sum(p.numel() for p in model.parameters())
         layers = [sum(p.numel() for p in layer.parameters()) for layer in model.base_model.layers]
         kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
-        return Sizes(config, params, params - sum(layers), max(layers), kv)
+        linear = [module for module in model.base_model.layers.modules() if isinstance(module, torch.nn.Linear)]
+        rank_one = sum(module.in_features + module.out_features for module in linear)
+        return Sizes(config, params, params - sum(layers), max(layers), kv, rank_one)
 
 
 def head_dim(config) -> int:
@@ -97,13 +100,17 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too."""
     compute, master = compute_bytes(args, hw), 8 if args.dtype == "float64" else 4
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
-    length = PROMPT_TOKENS + args.max_response_tokens
+    length, adapters = PROMPT_TOKENS + args.max_response_tokens, args.lora_rank * work.trained.rank_one
+    learned, frozen = adapters or P, dict(work.frozen)
     state = {
         "before any tensor": CUDA_CONTEXT if hw.cuda else resident_bytes(),
-        "weights": P * master / S,
-        "AdamW": 2 * P * master / S,
+        "weights": P * (compute if adapters else master) / S,
+        "adapters": adapters * master / S,
+        "AdamW": 2 * learned * master / S,
     }
-    for name, sizes in work.frozen.items():
+    if adapters:  # GRPO's reference is the policy without them
+        frozen.pop("reference", None)
+    for name, sizes in frozen.items():
         whole = sizes.root if sharded else 0  # the fused losses read a whole head
         state[name] = (sizes.params / S + whole) * compute
     if getattr(args, "offload_teacher", False) and hw.cuda:  # but for its head, it waits in the CPU's memory
@@ -116,15 +123,16 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     head = config.vocab_size * config.hidden_size
     width = max([sizes.config.hidden_size for sizes in work.frozen.values()], default=0)
     train = state | {
-        "gradients": P * master / S,
+        "gradients": learned * master / S,
         "activations": activation_bytes(args, work.trained, compute, sharded, rows, tokens // rows),
-        "head's gradient": head * 4 + (head * compute if sharded else 0),
+        "head's gradient": 0 if adapters else head * 4 + (head * compute if sharded else 0),
         "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * tokens * config.vocab_size * 4),
         "hidden states": tokens * config.hidden_size * 4 * 2,
     }
     if sharded:
-        train["gathered weights"] = (2 * work.trained.layer + work.trained.root) * compute + 2 * work.trained.layer * 4
-    elif compute == 2:
+        reduced = 0 if adapters else 2 * work.trained.layer * 4
+        train["gathered weights"] = (2 * work.trained.layer + work.trained.root) * compute + reduced
+    elif compute == 2 and not adapters:
         train["bfloat16 copy of the weights"] = P * 2
     if work.cached and not hw.cuda:
         train["teacher's hidden states"] = work.responses * args.max_response_tokens * width * compute
@@ -167,7 +175,9 @@ def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: boo
         "key-value cache": tokens * work.sampled.kv * compute,
         "probabilities": max(tokens // length, 1) * work.sampled.config.vocab_size * 32,  # float32 and float64 of a row
     }
-    if compute == 2 and not sharded and work.sampled is work.trained:
+    if work.sampled is work.trained and args.lora_rank:
+        parts["merged copy of the weights"] = (work.trained.params - work.trained.root) * compute
+    elif compute == 2 and not sharded and work.sampled is work.trained:
         parts["bfloat16 copy of the weights"] = work.trained.params * 2  # autocast's
     return parts
 
@@ -227,7 +237,7 @@ def host_bytes(args, work: Workload, hw: Hardware) -> dict[str, float]:
 def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int, length: int) -> float:
     """What autograd keeps of one micro-batch of rows x length tokens: counted on models of one and two layers."""
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[compute]
-    saved = [saved_bytes(sizes.config, dtype, sharded, rows, length, layers) for layers in (1, 2)]
+    saved = [saved_bytes(sizes.config, dtype, sharded, rows, length, layers, args.lora_rank) for layers in (1, 2)]
     layer, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
     count = sizes.config.num_hidden_layers
     if args.gradient_checkpointing:  # each layer's input, and one layer at a time
@@ -235,7 +245,7 @@ def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int,
     return rest + count * layer
 
 
-def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: int) -> int:
+def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: int, lora_rank: int = 0) -> int:
     """Bytes of the distinct tensors, weights left out, that autograd saves in the forward pass of `layers` layers."""
     config = type(config)(**(config.to_dict() | {"num_hidden_layers": layers, "vocab_size": 32, "layer_types": None}))
     config.pad_token_id = None
@@ -246,9 +256,15 @@ def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: in
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    master = torch.float32 if dtype == torch.bfloat16 and not sharded else dtype
-    with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
+    master = torch.float32 if dtype == torch.bfloat16 and not sharded and not lora_rank else dtype
+    with torch.device("meta"):  # peft knows this kind of tensor without memory, not the other, which follows autocast
         model = AutoModelForCausalLM.from_config(config, dtype=master)
+        model = lora.inject(model, lora_rank, lora_rank, 0) if lora_rank else model
+    with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = p if p is None else torch.nn.Parameter(empty_like(p), p.requires_grad)
+            module._buffers.update({name: empty_like(buffer) for name, buffer in module._buffers.items()})
         input_ids = torch.zeros((rows, length), dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.base_model(input_ids=input_ids, use_cache=False)
@@ -261,8 +277,13 @@ def saved_bytes(config, dtype, sharded: bool, rows: int, length: int, layers: in
         )
 
 
-def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
-    """FLOPs of one step: 2 a weight and token forward, 6 forward and backward, and the attention's own."""
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """One such on the CPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def flops(work: Workload, responses: int, length: int, lora_rank: int = 0) -> dict[str, float]:
+    """FLOPs of one step: 2 a weight and token forward, 6 forward and backward or 4 if it is frozen, the attention's own."""
 
     def forward(sizes: Sizes) -> float:
         config = sizes.config
@@ -270,10 +291,12 @@ def flops(work: Workload, responses: int, length: int) -> dict[str, float]:
         attention = 2 * config.num_hidden_layers * width * length  # q k^T and p v, causal: half of 2 x 2
         return responses * length * (2 * sizes.params + attention)
 
+    adapters = lora_rank * work.trained.rank_one
+    spared = 2 * work.trained.params - 6 * adapters if adapters else 0
     return {
         "rollout": forward(work.sampled),
         "score": sum(map(forward, work.frozen.values())) + (forward(work.trained) if work.updates > 1 else 0),
-        "train": 3 * forward(work.trained),
+        "train": 3 * forward(work.trained) - responses * length * spared,
     }
 
 
@@ -351,10 +374,14 @@ def advice(args, work: Workload, hw: Hardware) -> str:
         if fits(changes):
             return f"it would fit {flags(changes)}"
     changes = {"gradient_checkpointing": True, "vllm_sleep": True}
+    adapters, alone = changes | {"lora_rank": 32}, ""
+    if not args.lora_rank and hw.gpus == 1 and fits(adapters):
+        alone = f"it would fit {flags(adapters)}, which trains adapters (docs/lora.md)"
     for gpus in (2, 4, 8, 16, 32, 64, 128):
         if hw.cuda and gpus > hw.gpus and fits(changes, gpus):
-            return f"it would fit on {gpus} such GPUs (torchrun) {flags(changes)}".rstrip()
-    return "use smaller models, or hardware with more memory"
+            more = f"it would fit on {gpus} such GPUs (torchrun) {flags(changes)}".rstrip()
+            return f"{more}; on this one {alone}" if alone else more
+    return alone or "use smaller models, or hardware with more memory"
 
 
 def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float]]) -> str:
@@ -363,7 +390,10 @@ def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float
     tokens = work.responses * length
     lines = [f"{hw.gpus} x {hw.bytes / GB:.0f} GB" + (f", one copy of each model over {hw.shards}" if hw.shards > 1 else "")]
     models = {"trained": work.trained} | work.frozen
-    lines.append("; ".join(f"{name} {sizes.params / 1e9:.3f} B parameters" for name, sizes in models.items()))
+    sizes_of = {name: f"{name} {sizes.params / 1e9:.3f} B parameters" for name, sizes in models.items()}
+    if args.lora_rank:
+        sizes_of["trained"] += f" by {args.lora_rank * work.trained.rank_one / 1e9:.3f} B of adapters"
+    lines.append("; ".join(sizes_of.values()))
     for phase, parts in phases.items():
         lines.append(f"\n{phase}: {sum(parts.values()) / GB:.2f} GB")
         lines += [f"  {size / GB:8.2f}  {what}" for what, size in parts.items() if size >= 0.005 * GB]
@@ -377,9 +407,10 @@ def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float
         lines.append(f"in the CPU's memory, for each GPU: {size / GB:.2f} GB {what}")
     if hw.cuda and 0.85 * hw.bytes < max(sum(p.values()) for name, p in phases.items() if name != "rollout") <= hw.bytes:
         lines.append("near the limit: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which leaves fewer fragments")
+    needed = flops(work, work.responses, length, args.lora_rank)
     lines.append(
         f"\na step: up to {work.responses} responses x {length} tokens = {tokens / 1e6:.2f} M tokens, "
-        + ", ".join(f"{name} {value / 1e15:.3g}" for name, value in flops(work, work.responses, length).items())
+        + ", ".join(f"{name} {value / 1e15:.3g}" for name, value in needed.items())
         + " PFLOP"
     )
     peak = peak_bytes(phases)

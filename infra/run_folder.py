@@ -27,7 +27,8 @@ from infra.files import append, read_record, whole_rows, write_aside
 from infra.models import save_model, try_save, weight_bytes
 
 PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
-FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "grader", "seed")  # a run goes on with the same
+# a run goes on with the same
+FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "grader", "seed", "lora_rank", "lora_alpha")
 # and with these, where rollouts that they made are kept
 SAMPLED = ("rollouts_per_prompt", "max_response_tokens", "temperature", "instruction", "teacher_thinking", "prompt_column",
            "max_prompt_tokens", "sampler", "dtype")  # fmt: skip
@@ -305,7 +306,8 @@ def require_room(args, out: Path, model, dtype) -> None:
         f"choose another folder",
     )
     copies = (args.keep_last + 1) * bool(args.save_every)  # the new one is whole before the oldest goes
-    resumable = 3 * weight_bytes(model, model.dtype) * copies  # weights and Adam's two moments
+    trained = sum(p.numel() * p.dtype.itemsize for p in model.parameters() if p.requires_grad)
+    resumable = 3 * trained * copies  # weights and Adam's two moments
     resumable -= sum(path.stat().st_size for path in out.glob("checkpoints/*/*"))
     if final + resumable > free:
         print(

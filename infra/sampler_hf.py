@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from infra import parallel
+from infra import lora, parallel
 from infra.models import autocast, compute_device
 from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers, vocabulary_size
 
@@ -130,7 +130,13 @@ class HFSampler(Sampler):
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        with parallel.gathered(self.model), grouped(self.model), torch.inference_mode(), autocast(self.device, self.dtype):
+        with (
+            parallel.gathered(self.model),
+            grouped(self.model),
+            torch.inference_mode(),
+            lora.merged(self.model, self.dtype),
+            autocast(self.device, self.dtype),
+        ):
             while order:
                 rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
                 row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from infra import parallel  # noqa: E402
+from infra import lora, parallel  # noqa: E402
 from infra.batches import response_hidden  # noqa: E402
 from infra.cli import RunStopped  # noqa: E402
 from infra.models import autocast, compute_device  # noqa: E402
@@ -121,7 +121,7 @@ class VLLMSampler(Sampler):
         if self.asleep:
             torch.cuda.empty_cache()  # what training has freed, torch still holds
             self.llm.wake_up(["weights"])
-        weights = ((name, parallel.full_tensor(parameter).to(self.dtype)) for name, parameter in model.named_parameters())
+        weights = ((name, tensor.to(self.dtype)) for name, tensor in lora.plain_weights(model))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if model.config.tie_word_embeddings and not torch.cuda.is_available():
             self.llm.apply_model(repack_head)

@@ -215,7 +215,7 @@ def run_script(monkeypatch, tmp_path):
 
             def recording_load_model(*a, **kw):
                 model = load_model(*a, **kw)
-                if next(model.parameters()).requires_grad:
+                if any(p.requires_grad for p in model.parameters()):
                     trained.append(model)
                 return model
 
@@ -227,7 +227,10 @@ def run_script(monkeypatch, tmp_path):
             def recording_clip(*a, **kw):
                 named = dict(trained[0].named_parameters())
                 seen.updates.append(
-                    ({k: p.detach().clone() for k, p in named.items()}, {k: p.grad.clone() for k, p in named.items()})
+                    (
+                        {k: p.detach().clone() for k, p in named.items()},
+                        {k: p.grad.clone() for k, p in named.items() if p.requires_grad},
+                    )
                 )
                 return clip(*a, **kw)
 

@@ -87,8 +87,8 @@ def test_a_sharded_teacher_whose_weights_wait_on_the_cpu(gpu, checkpoints, data,
     """Its parameters are not where it computes, as the hf sampler and others once took for granted."""
     load = models.load_model
 
-    def load_model(path, flag, device, dtype, trainable, hybrid_shard=False, offload=False):
-        model = load(path, flag, device, dtype, trainable, hybrid_shard, offload)
+    def load_model(path, flag, device, dtype, trainable, hybrid_shard=False, offload=False, adapters=None):
+        model = load(path, flag, device, dtype, trainable, hybrid_shard, offload, adapters)
         return offloaded(model) if offload else model
 
     monkeypatch.setattr(models, "load_model", load_model)

@@ -33,6 +33,7 @@ def llama(hidden, layers, heads, intermediate):
 
 
 CONFIGS = {
+    "Qwen/Qwen3-0.6B": qwen3(1024, 28, 16, 3072, True),
     "Qwen/Qwen3-1.7B": qwen3(2048, 28, 16, 6144, True),
     "Qwen/Qwen3-8B": qwen3(4096, 36, 32, 12288, False),
     "Qwen/Qwen3-14B": qwen3(5120, 40, 40, 17408, False),

@@ -95,7 +95,7 @@ def documented(recipe: str) -> list[str]:
 
 
 def activation_bytes(args, sizes, *shape, count=plan.activation_bytes, known={}):  # noqa: B006  (most stages share one)
-    key = (sizes.params, args.gradient_checkpointing, *shape)
+    key = (sizes.params, args.gradient_checkpointing, args.lora_rank, *shape)
     return known[key] if key in known else known.setdefault(key, count(args, sizes, *shape))
 
 

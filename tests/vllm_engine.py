@@ -1,5 +1,6 @@
 """What a real vLLM engine does, as JSON for test_sampler_vllm.py: `python tests/vllm_engine.py OUT.json`, or under
-torchrun with `--tp N`. A process of its own, because vLLM changes torch's threads, groups and environment."""
+torchrun with `--tp N`; for test_lora.py with `--lora`. A process of its own, because vLLM changes torch's threads, groups
+and environment."""
 
 import json
 import os
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from conftest import random_model
 
 import toy
-from infra import parallel, sampler_vllm
+from infra import lora, parallel, sampler_vllm
 from infra.sampler_hf import HFSampler
 from infra.sampler_vllm import CanaryError, VLLMSampler
 
@@ -210,8 +211,30 @@ def check_ranks(tp: int) -> dict:
     return dict(enumerate(every))
 
 
+def check_lora(tied: bool) -> dict:
+    """Three syncs of adapters that learn, and one that brings the base alone."""
+    model, folder = checkpoint(tied=tied)
+    lora.inject(model, 4, 8, seed=1)
+    adapters, measured = [layer.lora_B.default.weight for _, layer in lora.adapted(model)], {}
+    sampler = make(model, folder)
+    for sync in range(1, 4):
+        with torch.no_grad():
+            for k, b in enumerate(adapters):
+                b.add_(0.1 * torch.randn(b.shape, generator=torch.Generator().manual_seed(100 * sync + k)))
+        sampler.update_weights(model)
+        measured.setdefault("greedy", []).append([r.ids for r in greedy(sampler)])
+        measured.setdefault("greedy_hf", []).append([r.ids for r in hf(model, temperature=0).sample(PROMPTS, 1)])
+        measured.setdefault("canary", []).append(sampler.canary_logprob_diff)
+    merge, lora.merge = lora.merge, lambda layer: layer.base_layer.weight
+    measured["forgotten"] = refusal(sync_and_sample, sampler, model)
+    lora.merge = merge
+    return measured
+
+
 if __name__ == "__main__":
-    if "--tp" in sys.argv:
+    if "--lora" in sys.argv:
+        result = {"tied" if tied else "untied": check_lora(tied) for tied in (True, False)}
+    elif "--tp" in sys.argv:
         result = check_ranks(int(sys.argv[sys.argv.index("--tp") + 1]))
     else:
         result = {f"{arch} {'tied' if tied else 'untied'}": check_model(arch, tied) for arch, tied in MODELS}

@@ -62,8 +62,8 @@ class Args(common.RunArgs, common.RolloutArgs):
     """passes over the rollouts"""
     max_steps: int | None = None
     """stop after so many steps instead"""
-    learning_rate: float = 1e-6
-    """AdamW's"""
+    learning_rate: float | None = None
+    """AdamW's; none: 1e-6, with --lora-rank 1e-5"""
     learning_rate_warmup_steps: int = 0
     """steps over which the learning rate rises to that"""
     learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
@@ -110,7 +110,7 @@ def main(args: Args) -> None:
     run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
-    model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
+    model = models.load_policy(args, args.student, "--student", device, dtype)
     teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard)
     preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, True)
     if args.gradient_checkpointing:
@@ -199,7 +199,7 @@ def main(args: Args) -> None:
         meter.lap("train")
 
         # ---- log
-        run.spend(updates=int(weight_sum > 0), flops=sum(lengths) * (6 * params + 2 * teacher_params))
+        run.spend(updates=int(weight_sum > 0), flops=sum(lengths) * (models.train_flops(model) + 2 * teacher_params))
         metrics = meter.metrics() | telemetry.of_responses(responses)
         metrics |= {
             "charts/learning_rate": optimizer.param_groups[0]["lr"],

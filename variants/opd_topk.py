@@ -61,8 +61,8 @@ class Args(common.RunArgs, common.RolloutArgs):
     """passes over the problems"""
     max_steps: int | None = None
     """stop after so many steps instead"""
-    learning_rate: float = 1e-6
-    """AdamW's"""
+    learning_rate: float | None = None
+    """AdamW's; none: 1e-6, with --lora-rank 1e-5"""
     learning_rate_warmup_steps: int = 0
     """steps over which the learning rate rises to that"""
     learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
@@ -97,7 +97,7 @@ def main(args: Args) -> None:
     run = run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
-    model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
+    model = models.load_policy(args, args.student, "--student", device, dtype)
     if args.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -180,7 +180,8 @@ def main(args: Args) -> None:
 
         # ---- log
         read = tokens + sum(len(prompts[i]) for i in batch)  # by the student when it samples and trains
-        run.spend(updates=1, sampled_tokens=tokens, flops=read * (2 + 6) * params)
+        flops = read * (2 * params + models.train_flops(model))
+        run.spend(updates=1, sampled_tokens=tokens, flops=flops)
         metrics = meter.metrics() | telemetry.of_responses(responses)
         metrics |= {
             "charts/learning_rate": optimizer.param_groups[0]["lr"],

@@ -56,8 +56,8 @@ class Args(common.RunArgs, common.RolloutArgs):
     """passes over the problems"""
     max_steps: int | None = None
     """stop after so many steps instead"""
-    learning_rate: float = 1e-6
-    """AdamW's"""
+    learning_rate: float | None = None
+    """AdamW's; none: 1e-6, with --lora-rank 1e-5"""
     learning_rate_warmup_steps: int = 0
     """steps over which the learning rate rises to that"""
     learning_rate_decay: Literal["none", "linear", "cosine"] = "none"
@@ -103,7 +103,7 @@ def main(args: Args) -> None:
     run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
-    model = models.load_model(args.student, "--student", device, dtype, True, args.hybrid_shard)
+    model = models.load_policy(args, args.student, "--student", device, dtype)
     teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard, args.offload_teacher)
     with models.on_device(teacher, device, args.offload_teacher):
         preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts)
@@ -222,7 +222,8 @@ def main(args: Args) -> None:
 
         # ---- log
         read = tokens + sum(len(prompts[i]) for i in batch)  # by the student when it samples and trains, and by the teacher
-        run.spend(updates=int(weight_sum > 0), sampled_tokens=tokens, flops=read * ((2 + 6) * params + 2 * teacher_params))
+        flops = read * (2 * params + models.train_flops(model) + 2 * teacher_params)
+        run.spend(updates=int(weight_sum > 0), sampled_tokens=tokens, flops=flops)
         metrics = meter.metrics() | telemetry.of_responses(responses)
         metrics |= {
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
