@@ -11,6 +11,7 @@ folders instead, `--regrade FOLDER` grades one again.
     python eval_math.py --regrade results/bridge --grader boxed
 """
 
+import math
 import time
 from dataclasses import dataclass
 from math import comb
@@ -196,8 +197,8 @@ def main(args: Args) -> None:
     names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
-        args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0,
-        "--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0",
+        0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0,
+        "--temperature must be >= 0 and finite, --top-p in (0, 1], --top-k >= 0",
     )
     specs = dict(zip(names, [HUB.get(benchmark, benchmark) for benchmark in args.benchmarks], strict=True))
     with make_grader(args.grader) as grader:

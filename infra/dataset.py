@@ -42,6 +42,11 @@ def digest(problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps([(p.key, p.answer) for p in problems]).encode()).hexdigest()[:16]
 
 
+def columns(args) -> dict[str, str | None]:
+    """--prompt-column and --answer-column, as load_problems takes them."""
+    return {"prompt_column": args.prompt_column, "answer_column": args.answer_column}
+
+
 def load_problems(
     spec: str, flag: str, need_answers: bool, prompt_column=None, answer_column=None, answers=True
 ) -> list[Problem]:

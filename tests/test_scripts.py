@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import load, next_token_logits, random_model, read_jsonl, write_jsonl
@@ -324,6 +325,17 @@ def test_grpo_advantages_of_right_and_wrong_equal_the_formula(advantages_of, G, 
         assert ((advantages - expected).abs() <= 3 * torch.finfo(torch.float32).eps * expected.abs()).all()
         exact = torch.tensor([[float(Fraction(int(r)) - Fraction(int(sum(g)), G)) for r in g] for g in groups])
         assert std_normalization or torch.equal(advantages, exact)
+
+
+def test_grpo_log_ratios_beyond_what_exp_can_hold_are_clamped_and_counted(run_script, fake_grader, checkpoints, data):
+    """The first minibatch throws the policy far away; at a log-ratio of 89 the second one's gradient was nan."""
+    fake_grader(lambda answer, j: float(j % 2))
+    flags = {"prompts_per_step": 10, "minibatch_prompts": 5, "group_size": 4, "max_response_tokens": 12, "max_steps": 1}
+    run = run_script("grpo", model=checkpoints.student, train_data=data, learning_rate=30.0, **flags)
+    [row] = run.metrics
+    assert row["debug/logratio_max"] > 89 and 0 < row["debug/logratio_clampfrac"] < 1
+    assert all(np.isfinite(value) for value in row.values())
+    assert all(tensor.isfinite().all() for tensor in load(run.out).state_dict().values())
 
 
 def test_grpo_overlong_filtering_of_every_response_changes_nothing(run_script, fake_grader, checkpoints, data):
