@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from infra import dataset, parallel
 from infra.cli import require, require_positive
 from infra.prompts import INSTRUCTION, policy_flag, render_all
-from infra.reward import OwnReward
+from infra.reward import OwnReward, references
 from infra.sampler_hf import HFSampler
 
 
@@ -185,8 +185,14 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:
     """Rewards of the responses, an entry of `problems` for each, from the grader of rank 0."""
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    references = problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
-    return parallel.on_rank_zero(grader.grade, texts, references)
+    return parallel.on_rank_zero(grader.grade, texts, references(grader, problems))
+
+
+def report_ungradable(grader, problems) -> None:
+    """Say how many reference answers no response can match, and the first of them."""
+    labeled = [problem for problem in problems if problem.answer]
+    if not isinstance(grader, OwnReward):
+        dataset.report_ungradable(labeled, parallel.on_rank_zero(grader.gradable, [p.answer for p in labeled]))
 
 
 def load_eval(args, tokenizer, need_answers: bool = True):

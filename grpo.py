@@ -95,6 +95,7 @@ def main(args: Args) -> None:
     grader = make_grader(args.grader)
     labeled = grader.uses_labels
     problems = dataset.load_problems(args.train_data, "--train-data", labeled, args.prompt_column, args.answer_column)
+    common.report_ungradable(grader, problems)
     tokenizer = models.load_tokenizer(args.model, "--model")
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])

@@ -13,6 +13,7 @@ import numpy as np
 
 from infra.cli import require
 from infra.columns import cell, read_answer, read_prompt
+from infra.files import write_aside
 from infra.rows import READERS, load_rows, numbered_rows
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")  # the first that there is
@@ -158,7 +159,7 @@ def write_problems(path: Path, problems: list[Problem], source: str) -> str:
         not path.exists() or path.read_text(encoding="utf-8") == text,
         f"{path}: holds other problems than {source}; choose another --out",
     )
-    path.write_text(text, encoding="utf-8")
+    write_aside(path, text)
     return str(path)
 
 

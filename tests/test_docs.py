@@ -300,6 +300,7 @@ def summary_keys() -> list[str]:
             "field of a study with label budgets",
             lambda: dict_keys(function("infra/frontier.py", "frontier"), "return"),
         ),
+        ("docs/pilot.md", "field", lambda: [*dict_keys(function("infra/pilot.py", "read"), "record"), "doubts"]),
         ("docs/report.md", "comparison", lambda: dict_keys(nodes("infra/report.py"), "COMPARISONS")),
         ("docs/toy.md", "key", lambda: dict_keys(function("toy.py", "measure"), "return")),
         (
