@@ -31,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from infra import dataset  # noqa: E402
+import common  # noqa: E402
 from infra.models import device_and_dtype  # noqa: E402
 
 # isort: split
@@ -148,11 +148,12 @@ def script_part(name: str, script: str, models: dict, flags: list, limit: int, r
 
 def training_flops(out: Path, models: dict, responses: int, row: dict) -> float:
     """Of one step's training phase: 6 a weight and token, prompts included, attention and recomputation left out."""
-    tokenizer = AutoTokenizer.from_pretrained(models.get("student", models.get("model")))
-    problems = dataset.load_problems(str(out / "problems.jsonl"), "--train-data", True)
-    prompts = [len(dataset.render_prompt(tokenizer, p, dataset.INSTRUCTION, False)) for p in problems]
-    tokens = responses * (row["charts/response_length"] + sum(prompts) / len(prompts))
-    return 6 * tokens * parameters(models.get("student", models.get("model")))
+    trained = models.get("student", models.get("model"))
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    text = json.loads((out / "problems.jsonl").read_text().splitlines()[0])["problem"]
+    chat = [{"role": "user", "content": f"{text}\n{common.RolloutArgs.instruction}"}]
+    prompt = len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"])
+    return 6 * responses * (row["charts/response_length"] + prompt) * parameters(trained)
 
 
 def parameters(folder: Path) -> int:
