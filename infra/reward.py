@@ -6,10 +6,14 @@
     --grader my_reward.py:brevity  a function of your own; its parameters are some of
 
         response (str)   the text that was sampled, special tokens left out
-        problem (str)    the text of the problem
+        problem (str)    the text of the problem: the last user message, without --instruction
         answer (str)     the reference answer: a function that names it uses labels, and the data must have them
 
-It returns a number, the higher the better. It is called in the trainer's process, one response at a time.
+It returns a finite number, the higher the better. It is called in the trainer's process, one response at a time.
+
+`answer` is read as for the grader (infra/columns.py, docs/data.md): of a text what its closing #### or its last box says,
+else all of it; a number written plainly; the element of a list of one. A list of several or an object is no answer, and the
+problem is left out. Other columns, token ids, length and truncation are not handed over: edit a copy of grpo.py for these.
 """
 
 import importlib.util
