@@ -3,11 +3,12 @@
 speed, three steps of each script with either sampler, memory against the plan, the canary, the training phase against the
 card's arithmetic, and the recipe on a real model.
 
-    python benchmarks/first_gpu.py --out runs/first_gpu            some twenty minutes on one GPU, ten a call
-    python benchmarks/first_gpu.py --out runs/first_gpu --dry-run  the same with tiny models, on a CPU too
+    python benchmarks/first_gpu.py --out runs/first_gpu
+    python benchmarks/first_gpu.py --out runs/first_gpu --dry-run
 
-Each part is a process with a time limit of its own. Its result is OUT/PART.json; parts that have one are skipped, so the
-same command goes on where a call ended. A table and all results are in OUT/first_gpu.md and OUT/first_gpu.json.
+That is some twenty minutes on one GPU, ten a call; the second line is the same with tiny models, on a CPU too. Each part is
+a process with a time limit of its own. Its result is OUT/PART.json; parts that have one are skipped, so the same command
+goes on where a call ended. A table and all results are in OUT/first_gpu.md and OUT/first_gpu.json.
 """
 
 import importlib.metadata

@@ -11,11 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 from conftest import random_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import toy
-from infra import sampler_vllm
+from infra import parallel, sampler_vllm
 from infra.sampler_hf import HFSampler
 from infra.sampler_vllm import CanaryError, VLLMSampler
 
@@ -181,7 +179,8 @@ def check_sampling() -> dict:
     sharded, folder = checkpoint(seed=6)
     sampler = make(sharded, folder)
     perturb(sharded, 1)
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))  # vLLM has made a process group of one
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    parallel.shard(sharded, torch.float32, hybrid=False, offload=False)  # vLLM has made a process group of one
     measured["sharded_type"] = type(next(sharded.parameters())).__name__
     sync_and_sample(sampler, sharded)
     measured["sharded_canary"] = sampler.canary_logprob_diff
@@ -201,7 +200,7 @@ def check_ranks(tp: int) -> dict:
     dist.barrier()
     perturb(model, 1)
     expected = [r.ids for r in hf(model, temperature=0).sample(PROMPTS, 1)]
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    parallel.shard(model, torch.float32, hybrid=False, offload=False)
     sampler = make(model, folder, tp=tp)
     measured = {"equal": [r.ids for r in greedy(sampler)] == expected, "canary": sampler.canary_logprob_diff}
     sync_and_sample(sampler, model)
