@@ -1,12 +1,12 @@
 """The three trainers: gradients against the formula written out naively in float64 with transformers' own logits, their
 independence of the micro-batch split, determinism, and what each flag changes."""
 
+import contextlib
 import itertools
 import math
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -516,24 +516,20 @@ def test_opd_needs_nothing_of_an_offloaded_teacher_but_its_head(run_script, chec
     expected = run_script("opd", **args)
     weights, places = {}, []
 
-    def load_traveller(*a, **kw):
-        model = load_model(*a, **kw)
-        if not next(model.parameters()).requires_grad:
-            model.to = partial(travel, model)
-        return model
+    @contextlib.contextmanager
+    def travel(model, device, offload):
+        assert offload
+        for name, parameter in model.named_parameters():
+            parameter.data = weights.get(name, parameter.data)
+        places.append(device)
+        yield
+        for name, parameter in model.named_parameters():
+            weights[name], parameter.data = parameter.data, torch.full_like(parameter, float("nan"))
+        places.append("home")
 
-    def travel(module, place):
-        places.append(place)
-        for name, parameter in module.named_parameters():
-            if place == "cpu":
-                weights[name], parameter.data = parameter.data, torch.full_like(parameter, float("nan"))
-            elif weights:
-                parameter.data = weights[name]
-
-    load_model = models.load_model
-    monkeypatch.setattr(models, "load_model", load_traveller)
+    monkeypatch.setattr(models, "on_device", travel)
     run = run_script("opd", **args, offload_teacher=True)
-    assert places == 3 * [torch.device("cpu"), "cpu"]  # the training device, home: for the preflight and each step
+    assert places == 3 * [torch.device("cpu"), "home"]  # for the preflight and each step
     assert_close(run.updates[1][1], expected.updates[1][1])
 
 

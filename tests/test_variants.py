@@ -552,7 +552,7 @@ def test_every_variant_has_an_original():
     assert sorted(ORIGINAL) == sorted(path.stem for path in (ROOT / "variants").glob("*.py"))
 
 
-@pytest.mark.parametrize("name, bound", [("opd_weighted", 92), ("fkl_weighted", 69), ("opd_sampled", 62), ("opd_topk", 195)])
+@pytest.mark.parametrize("name, bound", [("opd_weighted", 92), ("fkl_weighted", 69), ("opd_sampled", 62), ("opd_topk", 196)])
 def test_a_variant_stays_near_its_original(name, bound):
     """Lines that a reader of `diff` has to look at. Change both files, or raise the bound."""
     texts = [(ROOT / path).read_text().splitlines() for path in (f"{ORIGINAL[name]}.py", f"variants/{name}.py")]

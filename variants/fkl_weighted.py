@@ -200,7 +200,7 @@ def main(args: Args) -> None:
         meter.lap("train")
 
         # ---- log
-        read = tokens + sum(len(prompts[i]) for i in rows)  # by either model
+        read = tokens + sum(len(prompts[i]) for i in batch)  # by either model
         run.spend(updates=int(weight_sum > 0), flops=read * (models.train_flops(model) + 2 * teacher_params))
         metrics = meter.metrics() | telemetry.of_responses(responses)
         metrics |= {
