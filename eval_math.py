@@ -25,7 +25,7 @@ from infra import cli, dataset, evaluation, models, parallel, preflight, run_fol
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
 from infra.prompts import INSTRUCTION, render_all
-from infra.reward import make_grader, references
+from infra.reward import make_grader, references, report_ungradable
 from infra.samples_page import token_texts
 
 HUB = {
@@ -205,7 +205,7 @@ def main(args: Args) -> None:
         labeled = grader.uses_labels
         whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=labeled) for name, spec in specs.items()}
         for some in whole.values():
-            common.report_ungradable(grader, some[: args.limit])
+            report_ungradable(grader, some[: args.limit])
     problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)

@@ -21,7 +21,7 @@ from infra import batches, cli, dataset, lora, models, parallel, plan, preflight
 from infra.cli import require
 from infra.meter import Meter
 from infra.prompts import render_prompts
-from infra.reward import make_grader
+from infra.reward import make_grader, report_ungradable
 from infra.sampler import Response
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
@@ -104,7 +104,7 @@ def main(args: Args) -> None:
     grader = make_grader(args.grader)
     labeled = grader.uses_labels
     problems = dataset.load_problems(args.train_data, "--train-data", need_answers=labeled, **dataset.columns(args))
-    common.report_ungradable(grader, problems)
+    report_ungradable(grader, problems)
     tokenizer = models.load_tokenizer(args.model, "--model")
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])

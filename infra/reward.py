@@ -21,6 +21,7 @@ import inspect
 import math
 from pathlib import Path
 
+from infra import dataset, parallel
 from infra.cli import UsageError, require
 from infra.grader import Grader
 
@@ -35,6 +36,13 @@ def make_grader(spec: str):
 def references(grader, problems) -> list:
     """What the grader is given beside the responses: the problems for a reward of one's own, else their answers."""
     return problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
+
+
+def report_ungradable(grader, problems) -> None:
+    """Say how many reference answers no response can match, and the first of them."""
+    labeled = [problem for problem in problems if problem.answer]
+    if not isinstance(grader, OwnReward):
+        dataset.report_ungradable(labeled, parallel.on_rank_zero(grader.gradable, [p.answer for p in labeled]))
 
 
 class OwnReward:

@@ -3,23 +3,13 @@
 import ast
 import re
 import shlex
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+from files import tracked
 
 ROOT = Path(__file__).parent.parent
-
-
-def tracked(pattern: str) -> list[str]:
-    """Files that git knows: a reader's copy of a script needs no page of its own. Without git, all there are."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--", f":(glob){pattern}"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    except OSError:
-        found = []
-    return [f for f in found if (ROOT / f).exists()] or sorted(str(f.relative_to(ROOT)) for f in ROOT.glob(pattern))
 
 
 PAGES = ["README.md", "recipes/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
