@@ -63,11 +63,13 @@ class Args:
     """of the toy's stages"""
     factor: float = 10
     """learning rate of adapters, in units of full fine-tuning's"""
+    steps: int | None = None
+    """of each stage of the toy, for a trial; none: as many as infra/worlds.py says"""
     more: str = ""
     """further flags for bridge.py"""
     mmap_threshold: int = 256 << 10
-    """bytes from which on the C library gives freed memory back at once, so that the peak is what was in use and not what its
-    heap has kept; 0: as it comes, which grows while the run does"""
+    """bytes from which on the C library gives freed memory back at once, so that the peak is what was in use; 0: as it
+    comes, with what its heap has kept"""
     jobs: int = 2
     """stages of the toy at work at once"""
 
@@ -75,9 +77,10 @@ class Args:
 def toy(args: Args, rank: int) -> Path:
     """Run the bridge with adapters of a rank; the folder with its report.json."""
     out, flags = Path(args.out) / (f"rank{rank}" if rank else "full"), []
-    if rank:
-        rates = {"teacher-grpo-flags": 2e-4, "warmup-flags": 7e-4, "opd-flags": 7e-4}  # of infra/worlds.py
-        flags = [f"--{name}=--lora-rank {rank} --learning-rate {args.factor * rate:g}" for name, rate in rates.items()]
+    for name, rate in {"teacher-grpo": 2e-4, "warmup": 7e-4, "opd": 7e-4}.items():  # as in infra/worlds.py
+        more = f" --lora-rank {rank} --learning-rate {args.factor * rate:g}" if rank else ""
+        more += f" --max-steps {args.steps}" if args.steps else ""
+        flags += [f"--{name}-flags={more}"]
     command = ["bridge.py", "--arms", "base", "bridge", "--out", out, "--seeds", args.seeds, "--jobs", args.jobs, *flags]
     command = [sys.executable, *map(str, command), *shlex.split(args.more)]
     print(f"$ {shlex.join(command[1:])}", flush=True)

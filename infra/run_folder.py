@@ -26,7 +26,7 @@ from infra.digest import digests
 from infra.files import append, read_record, whole_rows, write_aside
 from infra.models import save_model, try_save, weight_bytes
 
-PACKAGES = ("torch", "transformers", "vllm", "datasets", "numpy", "tyro", "math-verify")
+PACKAGES = ("torch", "transformers", "vllm", "peft", "datasets", "numpy", "tyro", "math-verify")
 # a run goes on with the same
 FIXED = ("model", "teacher", "student", "train_data", "rollouts", "paced", "grader", "seed", "lora_rank", "lora_alpha")
 # and with these, where rollouts that they made are kept

@@ -25,12 +25,12 @@ def gpu(monkeypatch, checkpoints):
 
 
 def in_float32(operations) -> list:
-    """Products of float32 operands on the GPU, but for the angles of rotary embeddings (one factor each) and the sample of
-    rows that telemetry compares."""
+    """Products of float32 operands on the GPU, but for the angles of rotary embeddings (one factor each), the sample of rows
+    that telemetry compares, and merged adapters."""
     return [
         (name, shapes)
         for name, dtypes, shapes, callers in operations.products
-        if dtypes == {torch.float32} and "top_k_sums" not in callers and all(shape[-2] != 1 for shape in shapes[1:])
+        if dtypes == {torch.float32} and not callers & {"top_k_sums", "merge"} and all(s[-2] != 1 for s in shapes[1:])
     ]
 
 
@@ -50,9 +50,11 @@ def run(script, checkpoints, data, out, **flags):
     [
         ("grpo", {}),
         ("grpo", {"kl_coef": 0.1, "gradient_checkpointing": True}),
+        ("grpo", {"kl_coef": 0.1, "lora_rank": 4}),
         ("fkl_warmup", {}),
         ("fkl_warmup", {"loss": "ce", "gradient_checkpointing": True}),
         ("opd", {}),
+        ("opd", {"lora_rank": 4, "gradient_checkpointing": True}),
         ("opd", {"offload_teacher": True, "gradient_checkpointing": True}),
     ],
 )

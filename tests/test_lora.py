@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 
+import conftest
 import pytest
 import torch
+import tyro
 from conftest import ROOT, FakeGrader, load, planned_and_used, random_model, read_jsonl
 from safetensors.torch import load_file
 from test_parallel import SMALL, TIMES, difference, jobs, stop, torchrun
+from test_plan import hub  # noqa: F401  (a fixture)
 from torch.distributed.checkpoint import FileSystemReader
 
 import common
@@ -291,6 +294,22 @@ def test_adapters_are_counted_and_the_reference_costs_nothing(tmp_path):
     assert rollout["merged copy of the weights"] == 2 * (sizes.params - sizes.root)
     spared = plan.flops(work, 10, 100)["train"] - plan.flops(work, 10, 100, lora_rank=4)["train"]
     assert spared == pytest.approx(10 * 100 * (2 * sizes.params - 6 * adapters))
+
+
+@pytest.mark.slow
+def test_the_stages_on_one_gpu_are_planned_as_documented(hub, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(hub)
+    page = (ROOT / "docs" / "lora.md").read_text()
+    row = r"^\| `(\w+)\.py (.*?)` \| (\d+ GB) \| (\S+) GB \| (\S+) GB \| (\S+) tokens, (\S+) answers \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert len(rows) == 8
+    for script, flags, gpu, *figures in rows:
+        module, words = conftest.SCRIPTS[script], [*flags.split(), "--gradient-checkpointing", "--plan"]
+        with pytest.raises(SystemExit):
+            module.main(tyro.cli(module.Args, args=[*words, "--plan-gpu", gpu.replace(" ", "")]))
+        said = capsys.readouterr().out
+        found = [re.search(p, said)[1] for p in (r"rollout: (\S+)", r"train: (\S+)", r"cache of (\d+)", r"tokens: (\S+) a")]
+        assert found == [figure.replace(",", "") for figure in figures] and said.endswith("GB: fits\n"), flags
 
 
 @pytest.mark.slow

@@ -187,8 +187,8 @@ def test_more_gpus_take_less_memory_each(hub, monkeypatch):
 
 
 def documented_plans():
-    """(script, flags, output) of every command of docs/scaling.md with --plan and the block of text behind it."""
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    """(script, flags, output) of every command of the docs with --plan and the block of text behind it."""
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("scaling.md", "lora.md"))
     found = re.findall(r"```bash\npython (\S+) ([^`]*?--plan)\n```\n+```text\n([^`]*)```", page)
     assert len(found) >= 5
     return found
