@@ -132,18 +132,6 @@ def main(args: Args) -> None:
 
     if step == 0 and args.eval_every:
         run.log(0, common.evaluate(args, 0, False, sampler, tokenizer, grader, eval_set))
-
-    def logprobs(prompt_ids, response_ids):
-        """-> hidden (N, H), head (V, H), log-probabilities (N,) of the response tokens, entropies (N,)."""
-        with models.autocast(device, dtype):
-            hidden, head, ids = batches.response_hidden(model, prompt_ids, response_ids)
-            return hidden, head, *fused_linear_logprob(hidden, head, ids, temperature=args.temperature)
-
-    def reference(prompt_ids, response_ids):
-        """-> the reference's hidden states (N, H) and head (V, H). With --lora-rank it is the policy, so it goes first."""
-        with torch.no_grad(), models.autocast(device, dtype), lora.adapters_off(ref):
-            return TeacherHead(*batches.response_hidden(ref, prompt_ids, response_ids)[:2])
-
     while step < total_steps and not run.over(args.max_flops):
         step += 1
         optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps)
@@ -186,7 +174,7 @@ def main(args: Args) -> None:
             for m, rows in enumerate(micro_batches):
                 with torch.no_grad():
                     prompt_ids, response_ids = [prompts[batch[k]] for k in rows], [responses[k].ids for k in rows]
-                    _, _, old_logprobs[b, m], _ = logprobs(prompt_ids, response_ids)
+                    old_logprobs[b, m] = logprobs_of(args, model, device, dtype, prompt_ids, response_ids)[2]
         meter.lap("score")
 
         # ---- train: an optimizer step per minibatch, gradients accumulated over its micro-batches
@@ -194,8 +182,8 @@ def main(args: Args) -> None:
         for b, (micro_batches, tokens) in enumerate(minibatches):
             for m, rows in enumerate(micro_batches):
                 prompt_ids, response_ids = [prompts[batch[k]] for k in rows], [responses[k].ids for k in rows]
-                target = reference(prompt_ids, response_ids) if ref is not None else None
-                hidden, head, new_logprobs, entropy = logprobs(prompt_ids, response_ids)
+                target = reference_of(ref, device, dtype, prompt_ids, response_ids) if ref is not None else None
+                hidden, head, new_logprobs, entropy = logprobs_of(args, model, device, dtype, prompt_ids, response_ids)
                 old = old_logprobs.get((b, m), new_logprobs.detach())  # (N,)
                 sizes = torch.tensor([len(r) for r in response_ids], dtype=torch.long, device=device)
                 advantage = advantages[rows].repeat_interleave(sizes).to(old.dtype)  # (N,)
@@ -267,6 +255,20 @@ def main(args: Args) -> None:
 
     grader.close()
     run.finish(model, tokenizer, dtype)
+
+
+def logprobs_of(args, model, device, dtype, prompt_ids, response_ids):
+    """-> hidden states (N, H), head (V, H), log-probabilities (N,) of the response tokens, entropies (N,)."""
+    with models.autocast(device, dtype):
+        hidden, head, ids = batches.response_hidden(model, prompt_ids, response_ids)
+        return hidden, head, *fused_linear_logprob(hidden, head, ids, temperature=args.temperature)
+
+
+def reference_of(ref, device, dtype, prompt_ids, response_ids) -> TeacherHead:
+    """The reference's hidden states (N, H) and head (V, H). With --lora-rank it is the policy itself, its adapters off, so
+    this comes before the policy's own pass."""
+    with torch.no_grad(), models.autocast(device, dtype), lora.adapters_off(ref):
+        return TeacherHead(*batches.response_hidden(ref, prompt_ids, response_ids)[:2])
 
 
 def split_minibatches(args, responses, lengths: list[int], trains: list[bool]):
