@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from infra import dataset, parallel
 from infra.cli import require, require_positive
 from infra.prompts import INSTRUCTION, policy_flag, render_all
-from infra.reward import OwnReward
+from infra.reward import references
 from infra.sampler_hf import HFSampler
 
 
@@ -175,7 +175,10 @@ def count_steps(args, count: int, per_step: int, flag: str) -> int:
     may be larger than the data, as with few labels: it then passes over the problems again, with fresh samples."""
     if per_step > count:
         print(f"{flag} {per_step}: a step passes over the {count} problems {per_step / count:.1f} times, sampling anew")
-    return args.max_steps or -(-args.epochs * count // per_step)
+    steps, warmup = args.max_steps or -(-args.epochs * count // per_step), args.learning_rate_warmup_steps
+    if warmup >= steps:
+        print(f"--learning-rate-warmup-steps {warmup}: the run ends with its {steps} steps before the warmup does")
+    return steps
 
 
 def learning_rate(args, step: int, total_steps: int) -> float:
@@ -192,8 +195,7 @@ def learning_rate(args, step: int, total_steps: int) -> float:
 def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[float]:
     """Rewards of the responses, an entry of `problems` for each, from the grader of rank 0."""
     texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    references = problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
-    return parallel.on_rank_zero(grader.grade, texts, references)
+    return parallel.on_rank_zero(grader.grade, texts, references(grader, problems))
 
 
 def load_eval(args, tokenizer, need_answers: bool = True):

@@ -11,6 +11,7 @@ folders instead, `--regrade FOLDER` grades one again.
     python eval_math.py --regrade results/bridge --grader boxed
 """
 
+import math
 import time
 from dataclasses import dataclass
 from math import comb
@@ -23,8 +24,8 @@ import common
 from infra import cli, dataset, evaluation, models, parallel, preflight, run_folder
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
-from infra.grader import Grader
 from infra.prompts import INSTRUCTION, render_all
+from infra.reward import make_grader, references, report_ungradable
 from infra.samples_page import token_texts
 
 HUB = {
@@ -73,8 +74,9 @@ class Args:
     """line added after each problem; "" adds none"""
     thinking: bool = False
     """let the chat template open a thinking block (Qwen3's enable_thinking)"""
-    grader: Literal["math", "boxed"] = "math"
-    """math: math-verify on the last box; boxed: string equality of the box's contents, as the authors do"""
+    grader: str = "math"
+    """math: math-verify on the last box; boxed: string equality of the box's contents, as the authors do; FILE.py:FUNCTION:
+    a reward of your own (infra/reward.py)"""
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """compute dtype; auto is bfloat16 on CUDA, float32 on a CPU"""
     seed: int = 1
@@ -89,20 +91,21 @@ def pass_at_k(rewards: np.ndarray, k: int) -> float:
 
 
 def figures(rewards: np.ndarray) -> dict:
-    """Of rewards (P, samples), 0 or 1."""
+    """Of rewards (P, samples); pass@k where they are 0 or 1."""
     samples = rewards.shape[1]
     powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < samples] + [samples]
     return {
         "accuracy": float(rewards.mean()),  # avg@samples
         "ci95": bootstrap_ci95(rewards.mean(1)),
-        "pass_at_k": {str(k): pass_at_k(rewards, k) for k in powers},
+        "pass_at_k": {str(k): pass_at_k(rewards, k) for k in powers} if np.isin(rewards, (0, 1)).all() else None,
     }
 
 
-def grade(args: Args, texts: list[str], answers: list[str]) -> tuple[list[float], dict]:
-    """Rewards of the responses, and what the grader has counted."""
-    with Grader(args.grader) as grader:
-        return grader.grade(texts, answers), {"unparsable": grader.unparsable, "grader_timeouts": grader.timeouts}
+def grade(args: Args, texts: list[str], problems) -> tuple[list[float], dict]:
+    """Rewards of the responses, an entry of `problems` for each, and what the grader has counted."""
+    with make_grader(args.grader) as grader:
+        rewards = grader.grade(texts, references(grader, problems))
+        return rewards, {"unparsable": grader.unparsable, "grader_timeouts": grader.timeouts}
 
 
 def compare(folder_a: str, folder_b: str) -> dict[str, dict]:
@@ -157,7 +160,7 @@ def measure(args: Args, sampler, tokenizer, problems, prompts: list[list[int]], 
         return
     texts = tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
     of_response = [p for p in problems for _ in range(args.samples)]
-    rewards, counted = grade(args, texts, [p.answer for p in of_response])
+    rewards, counted = grade(args, texts, of_response)
     rows = evaluation.rows_of(of_response, args.samples, responses, texts, rewards)
     summary = {
         **figures(np.array(rewards).reshape(-1, args.samples)),
@@ -194,11 +197,15 @@ def main(args: Args) -> None:
     names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
     require(
-        args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0,
-        "--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0",
+        0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0,
+        "--temperature must be >= 0 and finite, --top-p in (0, 1], --top-k >= 0",
     )
     specs = dict(zip(names, [HUB.get(benchmark, benchmark) for benchmark in args.benchmarks], strict=True))
-    whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=True) for name, spec in specs.items()}
+    with make_grader(args.grader) as grader:
+        labeled = grader.uses_labels
+        whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=labeled) for name, spec in specs.items()}
+        for some in whole.values():
+            report_ungradable(grader, some[: args.limit])
     problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)

@@ -76,10 +76,11 @@ def main(args: Args) -> None:
     # ---- what was typed, and whether it fits this machine
     common.check(args, positive="rollouts_per_prompt rollouts_per_step")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(args, plan.Workload(student, {"teacher": teacher}, sampled=teacher, responses=args.rollouts_per_step))
+    work = {"trained": student, "frozen": {"teacher": teacher}, "sampled": teacher, "responses": args.rollouts_per_step}
+    plan.check(args, plan.Workload(**work))
 
     # ---- problems and prompts
-    problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=False, **dataset.columns(args))
     tokenizer = models.load_tokenizer(args.student, "--student")
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
@@ -96,11 +97,11 @@ def main(args: Args) -> None:
     total_steps = common.count_steps(args, rollout_count, args.rollouts_per_step, "--rollouts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)  # else check_models ends the process
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_policy(args, args.student, "--student", device, dtype)
-    teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard)
+    teacher = models.load_frozen(args, args.teacher, "--teacher", device, dtype)
     preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts, True)
     if args.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
@@ -121,7 +122,7 @@ def main(args: Args) -> None:
         stop.watch(sampler)
         rollouts = sample_rollouts(args, run, sampler, teacher_tokenizer, problems, teacher_prompts)
         sampler.sleep()
-    rollouts = [(i, r) for i, r in rollouts if r.ids]  # none is left of one whose first id no token has
+    rollouts = answered(rollouts)
     sampled = sum(len(r.ids) for _, r in rollouts)
     read = sampled + sum(len(teacher_prompts[i]) for i, _ in rollouts)
     run.spend(sampled_tokens=sampled, flops=2 * read * teacher_params)  # also where --rollouts saves doing it again
@@ -139,8 +140,8 @@ def main(args: Args) -> None:
         tokens = sum(map(len, response_ids))
 
         # ---- score and train: one optimizer step, gradients accumulated over micro-batches
-        lengths = [len(prompts[i]) + len(r) for i, r in zip(batch, response_ids, strict=True)]
-        for rows in parallel.share(batches.micro_batches(lengths, args.micro_batch_tokens)):
+        longest = [max(len(prompts[i]), len(teacher_prompts[i])) + len(r) for i, r in zip(batch, response_ids, strict=True)]
+        for rows in parallel.share(batches.micro_batches(longest, args.micro_batch_tokens)):
             chosen_ids = [response_ids[k] for k in rows]
             with torch.no_grad(), models.autocast(device, dtype):
                 teacher_hidden, teacher_head, _ = batches.response_hidden(
@@ -162,7 +163,7 @@ def main(args: Args) -> None:
             telemetry.add_divergences(meter, stats, "forward_kl", [len(r) for r in chosen_ids])
             telemetry.add_overlap(meter, hidden, head, target, args.temperature, tokens)
             samples.keep(step, rows, chosen_ids, **stats._asdict())
-            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            # last: FSDP2's backward frees the head that was gathered. It averages over the ranks, hence the factor
             (loss * parallel.world_size()).backward()
             meter.lap("train")
         grad_norm = models.clip_gradients(model, args.max_grad_norm)
@@ -172,7 +173,8 @@ def main(args: Args) -> None:
         meter.lap("train")
 
         # ---- log
-        run.spend(updates=1, flops=sum(lengths) * (models.train_flops(model) + 2 * teacher_params))
+        read = tokens + sum(len(prompts[i]) for i in batch)  # by either model
+        run.spend(updates=1, flops=read * (models.train_flops(model) + 2 * teacher_params))
         metrics = meter.metrics() | telemetry.of_responses(responses)
         metrics |= {
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -203,12 +205,21 @@ def load_rollouts(args, problems, vocabulary: int) -> list[tuple[int, Response]]
     return [(index[row["problem"]], Response(row["response_ids"], [], row["truncated"])) for row in rows]
 
 
+def answered(rollouts: list[tuple[int, Response]]) -> list[tuple[int, Response]]:
+    """Those of which something is left: a response is cut before an id that no token has. Raises UsageError if none is."""
+    kept = [(i, response) for i, response in rollouts if response.ids]
+    require(kept, "every rollout begins with an id that no token has; look at the head of --teacher")
+    if len(kept) < len(rollouts):
+        print(f"{len(rollouts) - len(kept)} of {len(rollouts)} rollouts left out, which begin with an id that no token has")
+    return kept
+
+
 def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tuple[int, Response]]:
     """(index of the problem, the teacher's response) of all rollouts, and rollouts.jsonl. A part at a time goes to a file
     aside, where a killed run finds what it had sampled."""
     path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [json.dumps(row) for row in dataset.load_rows(str(path), "--resume")]
     else:
         lines = aside.read_text(encoding="utf-8").splitlines(keepends=True) if aside.exists() else []
         lines = [line for line in lines if line.endswith("\n")]  # the last may be torn

@@ -12,7 +12,7 @@ equality), and the optional KL term is the full-vocabulary one, not a sampled es
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,7 +21,8 @@ from infra import batches, cli, dataset, lora, models, parallel, plan, preflight
 from infra.cli import require
 from infra.meter import Meter
 from infra.prompts import render_prompts
-from infra.reward import make_grader
+from infra.reward import make_grader, report_ungradable
+from infra.sampler import Response
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence, fused_linear_logprob
 
@@ -77,6 +78,12 @@ class Args(common.RunArgs, common.RolloutArgs):
     """weight of the full-vocabulary KL(policy || ref), ref being the initial model; 0: no reference is loaded"""
 
 
+class Group(NamedTuple):
+    problem: int  # its index
+    responses: list[Response]
+    rewards: list[float]
+
+
 def main(args: Args) -> None:
     # ---- what was typed, and whether it fits this machine
     common.check(args, positive="prompts_per_step minibatch_prompts max_flops")
@@ -86,15 +93,18 @@ def main(args: Args) -> None:
         f"--prompts-per-step {args.prompts_per_step} is not divisible by --minibatch-prompts "
         f"{args.minibatch_prompts}; choose a divisor",
     )
+    require(args.kl_coef >= 0, f"--kl-coef {args.kl_coef}: must be 0 (no reference) or more")
     require(args.tis_cap == 0 or args.tis_cap >= 1, f"--tis-cap {args.tis_cap}: must be at least 1, or 0 for none")
     G, policy = args.group_size, plan.Sizes.read(args.model, "--model")
-    frozen, updates = {"reference": policy} if args.kl_coef else {}, args.prompts_per_step // args.minibatch_prompts
-    plan.check(args, plan.Workload(policy, frozen, policy, args.prompts_per_step * G, updates))
+    work = {"trained": policy, "frozen": {"reference": policy} if args.kl_coef else {}, "sampled": policy}
+    work |= {"responses": args.prompts_per_step * G, "updates": args.prompts_per_step // args.minibatch_prompts}
+    plan.check(args, plan.Workload(**work))
 
     # ---- problems and prompts
     grader = make_grader(args.grader)
     labeled = grader.uses_labels
-    problems = dataset.load_problems(args.train_data, "--train-data", labeled, args.prompt_column, args.answer_column)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=labeled, **dataset.columns(args))
+    report_ungradable(grader, problems)
     tokenizer = models.load_tokenizer(args.model, "--model")
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
@@ -108,7 +118,7 @@ def main(args: Args) -> None:
     model = models.load_policy(args, args.model, "--model", device, dtype)
     ref = model if args.kl_coef else None  # with --lora-rank it is the policy, its adapters off
     if args.kl_coef and not args.lora_rank:
-        ref = models.load_model(args.model, "--model", device, dtype, False, args.hybrid_shard)
+        ref = models.load_frozen(args, args.model, "--model", device, dtype)
     if args.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -140,26 +150,25 @@ def main(args: Args) -> None:
         meter = Meter()
 
         # ---- rollout: a group of responses per problem, and their rewards
-        drawn, groups = [], []  # of (problem index, responses, rewards): all of the step, and those that train
+        drawn, groups = [], []  # all of the step, and those that train
         for draw in range(1 + args.dynamic_sampling):
             batch = stream.take(args.prompts_per_step)
             sampled = sampler.sample([prompts[i] for i in batch], G, seed=(args.seed, step, 0, draw))
             run.consult(problems[i] for i in batch if labeled)
             asked = [problems[i] for i in batch for _ in range(G)]
             rewards = common.grade(grader, tokenizer, [r.ids for r in sampled], asked)
-            drawn += [(i, sampled[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
-            groups = [group for group in drawn if not args.dynamic_sampling or len(set(group[2])) > 1]
-            if len(groups) >= args.prompts_per_step:
+            drawn += [Group(i, sampled[k * G : k * G + G], rewards[k * G : k * G + G]) for k, i in enumerate(batch)]
+            groups = [g for g in drawn if not args.dynamic_sampling or len(set(g.rewards)) > 1][: args.prompts_per_step]
+            if len(groups) == args.prompts_per_step:
                 break
-        groups = groups[: args.prompts_per_step]
-        batch = [i for i, group, _ in groups for _ in group]  # one entry per response from here on
-        responses = [response for _, group, _ in groups for response in group]
+        batch = [group.problem for group in groups for _ in group.responses]  # one entry per response from here on
+        responses = [response for group in groups for response in group.responses]
         sampler.sleep()
         meter.lap("rollout")
 
         # ---- advantages: a reward against the rest of its group; equal rewards, of any value, give exactly 0
-        rewards = torch.tensor([group for _, _, group in groups], dtype=torch.float64).view(-1, G)  # (P, G)
-        gaps = rewards - rewards[:, :1]
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64).view(-1, G)  # (P, G)
+        gaps = rewards - rewards[:, :1]  # 0 where all are equal, however they are rounded
         advantages = (gaps - gaps.mean(dim=1, keepdim=True)).float()  # (P, G)
         if args.std_normalization:
             advantages = advantages / (gaps.std(dim=1, keepdim=True).float() + 1e-6)
@@ -192,36 +201,37 @@ def main(args: Args) -> None:
                 advantage = advantages[rows].repeat_interleave(sizes).to(old.dtype)  # (N,)
 
                 # -min(ratio A, clip(ratio) A), and at most dual_clip |A| where A < 0; mean over all tokens
-                logratio = new_logprobs - old
+                gap = new_logprobs - old  # (N,)
+                logratio = gap.clamp(-20, 20)  # as verl does: beyond 88 exp overflows, and the gradient is nan
                 ratio = logratio.exp()
                 pg_loss1 = -advantage * ratio
                 pg_loss2 = -advantage * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
                 pg_loss = torch.max(pg_loss1, pg_loss2)
                 pg_loss = torch.where(advantage < 0, torch.min(pg_loss, -advantage * args.dual_clip), pg_loss)
-
                 # truncated importance sampling: vLLM drew the tokens, and its rounding makes it another policy
                 reported = torch.tensor([lp for k in rows for lp in responses[k].sampler_logprobs], device=device)
                 sampler_ratio = (old - reported).exp()  # (N,)
                 if args.tis_cap and args.sampler == "vllm":
                     pg_loss = pg_loss * sampler_ratio.clamp(max=args.tis_cap).to(pg_loss.dtype)
                 policy_loss = loss = pg_loss.sum() / tokens
-
                 if ref is not None:
+                    options = {"weight": torch.full_like(old, 1 / tokens), "temperature": args.temperature}
                     with models.autocast(device, dtype):
-                        options = {"weight": torch.full_like(old, 1 / tokens), "temperature": args.temperature}
                         ref_kl, _ = fused_linear_divergence(hidden, head, target, kind="reverse_kl", **options)
                     loss = policy_loss + args.kl_coef * ref_kl
                     meter.sum("losses/ref_kl", ref_kl / len(minibatches))
                 (loss * parallel.world_size()).backward()  # FSDP2 averages over the ranks
-
                 meter.sum("losses/policy_loss", policy_loss / len(minibatches))
                 meter.add("losses/approx_kl", ratio - 1 - logratio)
                 meter.add("losses/clipfrac", pg_loss2 > pg_loss1)
+                meter.add("debug/logratio_clampfrac", gap.abs() > 20)
+                meter.max("debug/logratio_max", gap.abs())
                 meter.add("losses/entropy", entropy)
                 meter.add("debug/sampler_ratio_clipfrac", sampler_ratio > (args.tis_cap or float("inf")))
                 telemetry.add_sampler_difference(meter, old, reported)
             grad_norms.append(models.clip_gradients(model, args.max_grad_norm))
-            stop.unless_finite(step, policy_loss=meter.total("losses/policy_loss"), grad_norm=grad_norms[-1])
+            policy_loss, logratio = meter.total("losses/policy_loss"), meter.largest("debug/logratio_max")
+            stop.unless_finite(step, policy_loss=policy_loss, logratio=logratio, grad_norm=grad_norms[-1])
             optimizer.step()
             optimizer.zero_grad()
         meter.lap("train")
@@ -229,9 +239,10 @@ def main(args: Args) -> None:
         meter.lap("sync")
 
         # ---- log
-        sampled, by_group = [r for _, group, _ in drawn for r in group], torch.tensor([rewards for _, _, rewards in drawn])
+        sampled = [response for group in drawn for response in group.responses]
+        by_group = torch.tensor([group.rewards for group in drawn])  # (groups drawn, G)
         response_tokens = sum(len(r.ids) for r in sampled)
-        forward = response_tokens + sum(G * len(prompts[i]) for i, _, _ in drawn)  # when sampling
+        forward = response_tokens + sum(G * len(prompts[group.problem]) for group in drawn)  # when sampling
         forward += sum(passed[1:]) + (sum(passed) if ref is not None else 0)  # when scoring
         run.spend(len(minibatches), response_tokens, flops=2 * params * forward + models.train_flops(model) * sum(passed))
         metrics = meter.metrics() | telemetry.of_responses(sampled)

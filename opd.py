@@ -71,10 +71,11 @@ def main(args: Args) -> None:
     common.check(args, positive="prompts_per_step")
     require(0 <= args.jsd_beta <= 1, f"--jsd-beta {args.jsd_beta}: must lie between 0 and 1")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
-    plan.check(args, plan.Workload(student, {"teacher": teacher}, student, args.prompts_per_step, cached=True))
+    work = {"trained": student, "frozen": {"teacher": teacher}, "sampled": student, "responses": args.prompts_per_step}
+    plan.check(args, plan.Workload(**work, cached=True))
 
     # ---- problems and prompts
-    problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=False, **dataset.columns(args))
     tokenizer = models.load_tokenizer(args.student, "--student")
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
@@ -84,11 +85,11 @@ def main(args: Args) -> None:
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
-    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)
+    run = None if args.preflight_only else run_folder.Run(args, total_steps, problems)  # else check_models ends the process
     cli.seed_everything(args.seed)
     device, dtype = models.device_and_dtype(args.dtype)
     model = models.load_policy(args, args.student, "--student", device, dtype)
-    teacher = models.load_model(args.teacher, "--teacher", device, dtype, False, args.hybrid_shard, args.offload_teacher)
+    teacher = models.load_frozen(args, args.teacher, "--teacher", device, dtype)
     with models.on_device(teacher, device, args.offload_teacher):
         preflight.check_models(args, checks, run, model, teacher, tokenizer, teacher_tokenizer, prompts, teacher_prompts)
     if args.gradient_checkpointing:
@@ -132,10 +133,11 @@ def main(args: Args) -> None:
         host_cache.clear()
         with models.on_device(teacher, device, args.offload_teacher):
             for rows in micro_batches:
+                chosen_ids = [response_ids[k] for k in rows]
                 with torch.no_grad(), models.autocast(device, dtype):
                     hidden, teacher_head, _ = batches.response_hidden(
-                        teacher, [teacher_prompts[batch[k]] for k in rows], [response_ids[k] for k in rows]
-                    )
+                        teacher, [teacher_prompts[batch[k]] for k in rows], chosen_ids
+                    )  # (N, Ht), (V, Ht)
                 cached.append(host_cache.keep(hidden, dtype))
             teacher_head = teacher_head.detach()  # stays here when the teacher leaves
         meter.lap("score")
@@ -162,7 +164,7 @@ def main(args: Args) -> None:
             reported = torch.tensor([lp for k in rows for lp in responses[k].sampler_logprobs], device=device)  # (N,)
             telemetry.add_sampler_difference(meter, stats.student_logprob, reported)
             samples.keep(step, rows, chosen_ids, **stats._asdict())
-            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            # last: FSDP2's backward frees the head that was gathered. It averages over the ranks, hence the factor
             (loss * parallel.world_size()).backward()
         grad_norm = models.clip_gradients(model, args.max_grad_norm)
         stop.unless_finite(step, policy_loss=meter.total("losses/policy_loss"), grad_norm=grad_norm)

@@ -4,6 +4,7 @@
 import ast
 import contextlib
 import inspect
+import math
 import os
 import random
 import select
@@ -114,7 +115,9 @@ def require_positive(args, names: str) -> None:
     """Raise UsageError unless each of the named fields of `args` (separated by spaces) is above 0 or not given (None)."""
     for name in names.split():
         value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+        flag = f"--{name.replace('_', '-')} {value}"
+        require(value is None or value > 0, f"{flag}: must be above 0")
+        require(value is None or math.isfinite(value), f"{flag}: must be finite")
 
 
 def seed_everything(seed: int) -> None:

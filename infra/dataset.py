@@ -13,6 +13,7 @@ import numpy as np
 
 from infra.cli import require
 from infra.columns import cell, read_answer, read_prompt
+from infra.files import write_aside
 from infra.rows import READERS, load_rows, numbered_rows
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")  # the first that there is
@@ -39,6 +40,11 @@ class Problem:
 def digest(problems: list[Problem]) -> str:
     """16 hex digits that stand for the problems with their earlier messages and answers, in order."""
     return hashlib.sha256(json.dumps([(p.key, p.answer) for p in problems]).encode()).hexdigest()[:16]
+
+
+def columns(args) -> dict[str, str | None]:
+    """--prompt-column and --answer-column, as load_problems takes them."""
+    return {"prompt_column": args.prompt_column, "answer_column": args.answer_column}
 
 
 def load_problems(
@@ -158,7 +164,7 @@ def write_problems(path: Path, problems: list[Problem], source: str) -> str:
         not path.exists() or path.read_text(encoding="utf-8") == text,
         f"{path}: holds other problems than {source}; choose another --out",
     )
-    path.write_text(text, encoding="utf-8")
+    write_aside(path, text)
     return str(path)
 
 

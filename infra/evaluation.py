@@ -37,7 +37,7 @@ def default_out(model: str) -> Path:
 def differences(before: dict, now: dict, settings: list[str], words: tuple[str, str]) -> list[str]:
     """What differs between two records (of partial.json or summary.json): flags among `settings`, and the benchmark. Inputs
     are told apart by what they hold, or by their names where that is not known. `words` stand before the two values."""
-    found, keys = [], {"model": "model", "benchmark": "problems"}  # input: key of its digest
+    found, keys = [], {"model": "model", "grader": "grader", "benchmark": "problems"}  # input: key of its digest
     for name in [*settings, "benchmark"]:
         a, b = [record.get(name, record["args"].get(name)) for record in (before, now)]
         one, other = [record.get("inputs", {}).get(keys.get(name)) for record in (before, now)]
@@ -135,9 +135,10 @@ def rows_of(problems, samples: int, responses: list[Response], texts: list[str],
 
 def show(folder: Path, summary: dict, finished: str = "") -> None:
     (low, high), samples = summary["ci95"], summary["samples"]
+    passed = f"pass@{samples} {summary['pass_at_k'][str(samples)]:.4f}  " if summary["pass_at_k"] else ""
     print(
         f"{folder.name}: accuracy {summary['accuracy']:.4f}  95 % interval [{low:.4f}, {high:.4f}]  "
-        f"pass@{samples} {summary['pass_at_k'][str(samples)]:.4f}  {summary['problems']} problems x {samples}  "
+        f"{passed}{summary['problems']} problems x {samples}  "
         f"length {summary['response_length']:.0f}  truncated {summary['truncated_frac']:.3f}  -> {folder}/{finished}"
     )
 
@@ -175,7 +176,8 @@ def regrade(args, grade, figures) -> None:
     needed. grade and figures: those of eval_math.py."""
     for folder in find_results(args.regrade, "--regrade").values():
         rows, summary, _lock = open_finished(folder)
-        grades, counted = grade(args, [row["response"] for row in rows], [row["answer"] for row in rows])
+        problems = [dataset.Problem(row["problem"], (), row["answer"]) for row in rows]
+        grades, counted = grade(args, [row["response"] for row in rows], problems)
         changed = [k for k, row in enumerate(rows) if row["reward"] != grades[k]]
         graded = [row | {"reward": reward} for row, reward in zip(rows, grades, strict=True)]
         before, summary = summary["accuracy"], summary | figures(np.array(grades).reshape(-1, summary["samples"])) | counted

@@ -21,7 +21,7 @@ class Meter:
     add the same names, in the same order; a name that was never added is in no row."""
 
     def __init__(self):
-        self.sums, self.counts, self.largest, self.laps = {}, {}, {}, {}
+        self.sums, self.counts, self.maxima, self.laps = {}, {}, {}, {}
         self.start = self.last = time.time()
 
     def add(self, name: str, values: torch.Tensor, count: float | None = None) -> None:
@@ -35,7 +35,7 @@ class Meter:
     def max(self, name: str, values: torch.Tensor) -> None:
         """Of values that are at least 0."""
         largest = values.detach().double().max() if values.numel() else values.new_zeros((), dtype=torch.float64)
-        self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
+        self.maxima[name] = torch.maximum(self.maxima[name], largest) if name in self.maxima else largest
 
     def lap(self, name: str) -> None:
         if torch.cuda.is_available():
@@ -48,6 +48,10 @@ class Meter:
         """A sum so far, over all ranks (a collective)."""
         return float(parallel.all_reduce(self.sums[name].clone().cpu()))  # in place, so of a copy
 
+    def largest(self, name: str) -> float:
+        """A maximum so far, over all ranks (a collective)."""
+        return float(parallel.all_reduce(self.maxima[name].cpu(), largest=True))
+
     def metrics(self) -> dict[str, float]:
         """{name: value} over all ranks (a collective), and the laps."""
         metrics = {}
@@ -57,7 +61,7 @@ class Meter:
             sums, counts = parallel.all_reduce(torch.cat([sums, counts])).chunk(2)
             for name, value, count in zip(self.sums, sums.tolist(), counts.tolist(), strict=True):
                 metrics[name] = value / max(count, 1) if name in self.counts else value
-        if self.largest:
-            largest = parallel.all_reduce(torch.stack(list(self.largest.values())).cpu(), largest=True)
-            metrics |= dict(zip(self.largest, largest.tolist(), strict=True))
+        if self.maxima:
+            largest = parallel.all_reduce(torch.stack(list(self.maxima.values())).cpu(), largest=True)
+            metrics |= dict(zip(self.maxima, largest.tolist(), strict=True))
         return metrics | self.laps

@@ -75,6 +75,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def load_tokenizer(path: str, flag: str):
     """Tokenizer of a hub id or local folder. Raises UsageError if it is missing or has no chat template."""
+    files = {file.name for file in Path(path).glob("*")} if Path(path).is_dir() else None
+    require(
+        files is None or files & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"},
+        f"{flag} {path}: has no tokenizer.json; copy the tokenizer's files into the folder",
+    )
     try:
         tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
     except Exception as error:  # of whatever kind: what a damaged file makes a library raise
@@ -91,6 +96,12 @@ def load_tokenizer(path: str, flag: str):
     if tokenizer.pad_token_id is None:  # only ever used outside of every mask
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_frozen(args, path: str, flag: str, device, dtype: torch.dtype):
+    """A teacher, or a reference: `load_model` as the flags say, with --offload-teacher into the CPU's memory."""
+    offload = getattr(args, "offload_teacher", False)
+    return load_model(path, flag, device, dtype, trainable=False, hybrid_shard=args.hybrid_shard, offload=offload)
 
 
 def load_policy(args, path: str, flag: str, device, dtype: torch.dtype):

@@ -19,6 +19,7 @@ import numpy as np
 from infra import dataset, plan, run_folder, stages
 from infra.bootstrap import bootstrap_ci95
 from infra.cli import require
+from infra.files import write_aside
 from infra.models import load_tokenizer
 from infra.preflight import KL_WARNING
 from infra.prompts import render_all
@@ -58,16 +59,16 @@ def run(args, labeled: list[dataset.Problem], folder: Path, seed: int) -> dict:
     tasks, jobs = {}, args.jobs or 1
     for name in COMMANDS:
         out, done = folder / name, "heldout/summary.json" if name.startswith("eval/") else "run.json"
-        log, inputs = out.with_suffix(".log") if jobs > 1 else None, [folder / one for one in NEEDS.get(name, [])]
+        log = out.with_suffix(".log") if jobs > 1 else None
         command = partial(command_of, name, args, files, folder, n, seed)
-        tasks[name] = NEEDS.get(name, ["kl"]), partial(stages.execute, out, done, command, inputs, args.nproc, log)
+        tasks[name] = NEEDS.get(name, ["kl"]), partial(stages.execute, out, done, command, args.nproc, log)
     stages.run_all(tasks, jobs)
     for weights in (folder / "kl").glob("*.safetensors"):
         weights.unlink()  # of the one step; its first row of metrics.jsonl was all that was asked
 
     record = read(args, folder, len(labeled))
     text = markdown(record)
-    (folder / "pilot.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_aside(folder / "pilot.json", json.dumps(record, indent=2))
     (folder / "pilot.md").write_text(f"# Pilot\n\n{text}\n", encoding="utf-8")
     print(f"\n{text}\n\nwrote {folder}/pilot.json and pilot.md", flush=True)
     return record
@@ -180,16 +181,16 @@ def doubts(record: dict) -> list[str]:
     found, (teacher, student), rule = [], record["probe"].values(), record["recommendation"]
     if record["ci95"][0] > 0 and rule != TEACHER:
         found.append(
-            f"the probed teacher is ahead, but KL(student || teacher) is above {KL_WARNING:g} nats a token: whether that can "
-            f"be handed down is open until fkl_warmup.py has brought the student near it"
+            f"the probed teacher is ahead, but KL(student || teacher) is above {KL_WARNING:g} nats a token: whether that "
+            f"can be handed down is open until fkl_warmup.py has brought the student near it"
         )
     if rule != CLOSE and record["difference"] * (teacher["gain"] - student["gain"]) < 0:
         ahead, behind = ("teacher", "student") if rule == TEACHER else ("student", "teacher")
         found.append(f"the {ahead} is ahead, but the {behind} has gained more and may pass it later; raise --pilot-steps")
     if record["budget"] > 2 * record["problems"]:
         found.append(
-            f"the probe saw {record['problems']} labels of a budget of {record['budget']}: more labels help the one that "
-            f"learns less from few; raise --pilot-problems, up to half the budget"
+            f"the probe saw {record['problems']} labels of a budget of {record['budget']}: more labels help the one "
+            f"that learns less from few; raise --pilot-problems, up to half the budget"
         )
     return found
 
@@ -221,8 +222,8 @@ def markdown(record: dict) -> str:
     used = f"{record['labels_used']} of {record['budget']} labels, {record['flops']:.1e} FLOPs"
     lines += [
         "",
-        f"Teacher minus student after the probe: {difference}, 95 % interval, paired by problem. On the student's own answers "
-        f"KL(student || teacher) is {record['reverse_kl']:.3f} nats a token and the top tokens overlap by "
+        f"Teacher minus student after the probe: {difference}, 95 % interval, paired by problem. On the student's own "
+        f"answers KL(student || teacher) is {record['reverse_kl']:.3f} nats a token and the top tokens overlap by "
         f"{record['topk_overlap']:.2f}. Used: {used}.",
         "",
         f"Recommendation: **{record['recommendation']}**. By the groups in a PFLOP alone: {record['rules']['cheap']}.",

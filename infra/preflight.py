@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from infra import parallel
 from infra.batches import response_hidden
-from infra.cli import UsageError
+from infra.cli import UsageError, require
 from infra.dataset import Problem
 from infra.hub import explain_missing, from_hub
 from infra.models import autocast, device_and_dtype, try_save
@@ -215,8 +215,15 @@ def warn_of_end(report, one) -> None:
 
 
 def warn_of_base(flag: str, path: str, tokenizer, thinking: bool) -> None:
-    """For a script of one model: print whether its responses may not end, as a base checkpoint's."""
-    warn_of_end(Report(force=True), facts(flag, path, tokenizer, thinking))
+    """For a script of one model: print whether its responses may not end, as a base checkpoint's. Raises UsageError where
+    the model lacks an embedding for an id of its tokenizer."""
+    one = facts(flag, path, tokenizer, thinking)
+    require(
+        max(one.vocab.values()) < one.vocab_size,
+        f"{flag} {path}: its tokenizer has ids up to {max(one.vocab.values())}, its model only {one.vocab_size} embeddings; "
+        f"give the folder the tokenizer that belongs to the model",
+    )
+    warn_of_end(Report(force=True), one)
 
 
 def check_end_of_turn(report, teacher, student) -> None:

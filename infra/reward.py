@@ -6,10 +6,14 @@
     --grader my_reward.py:brevity  a function of your own; its parameters are some of
 
         response (str)   the text that was sampled, special tokens left out
-        problem (str)    the text of the problem
+        problem (str)    the text of the problem: the last user message, without --instruction
         answer (str)     the reference answer: a function that names it uses labels, and the data must have them
 
-It returns a number, the higher the better. It is called in the trainer's process, one response at a time.
+It returns a finite number, the higher the better. It is called in the trainer's process, one response at a time.
+
+`answer` is read as for the grader (infra/columns.py, docs/data.md): of a text what its closing #### or its last box says,
+else all of it; a number written plainly; the element of a list of one. A list of several or an object is no answer, and the
+problem is left out. Other columns, token ids, length and truncation are not handed over: edit a copy of grpo.py for these.
 """
 
 import importlib.util
@@ -17,6 +21,7 @@ import inspect
 import math
 from pathlib import Path
 
+from infra import dataset, parallel
 from infra.cli import UsageError, require
 from infra.grader import Grader
 
@@ -26,6 +31,18 @@ PARAMETERS = ("response", "problem", "answer")
 def make_grader(spec: str):
     """The grader that --grader names. Raises UsageError where it is none, or its file does not hold such a function."""
     return Grader(spec) if spec in ("math", "boxed") else OwnReward(spec)
+
+
+def references(grader, problems) -> list:
+    """What the grader is given beside the responses: the problems for a reward of one's own, else their answers."""
+    return problems if isinstance(grader, OwnReward) else [problem.answer for problem in problems]
+
+
+def report_ungradable(grader, problems) -> None:
+    """Say how many reference answers no response can match, and the first of them."""
+    labeled = [problem for problem in problems if problem.answer]
+    if not isinstance(grader, OwnReward):
+        dataset.report_ungradable(labeled, parallel.on_rank_zero(grader.gradable, [p.answer for p in labeled]))
 
 
 class OwnReward:

@@ -357,9 +357,10 @@ class StopRules:
 
 
 def command_line() -> str:
-    """The command that runs this process, as a user would type it in the repository."""
-    script = os.path.relpath(Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent)
-    return shlex.join(["python", script, *sys.argv[1:]])
+    """The command that runs this process, as a user would type it: in the repository, for a script of its own."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent.parent
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else sys.argv[0]
+    return shlex.join(["python", name, *sys.argv[1:]])
 
 
 def version(package: str) -> str | None:

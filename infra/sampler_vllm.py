@@ -79,6 +79,7 @@ class VLLMSampler(Sampler):
             tensor_parallel_size=tp,
             distributed_executor_backend="external_launcher" if torchrun else None,
             enforce_eager=not on_gpu,
+            enable_chunked_prefill=None if on_gpu else False,  # there, a seeded prompt in two pieces ends in an error
             block_size=None if on_gpu else CPU_BLOCK,
             enable_sleep_mode=sleep and on_gpu,
             gpu_memory_utilization=gpu_memory_utilization or 0.9,

@@ -138,8 +138,9 @@ def evaluation_page(name: str, rows: list[dict], samples: int, tokens_of=None) -
     of the tokens of row k; without it the text stands without colours."""
     right = [sum(row["reward"] for row in rows[first : first + samples]) for first in range(0, len(rows), samples)]
     order = sorted(range(len(right)), key=lambda i: right[i])
-    failed = [i for i in order if right[i] < samples]
-    passed = [i for i in reversed(order) if right[i] > 0]
+    credited = [[row["reward"] > 0 for row in rows[first : first + samples]] for first in range(0, len(rows), samples)]
+    failed = [i for i in order if not all(credited[i])]
+    passed = [i for i in reversed(order) if any(credited[i])]
     shown = []
     for verdict, found, most in (("wrong", failed, PAGE_WRONG), ("right", passed, PAGE_RIGHT)):
         chosen = found if len(found) <= most else [found[i * len(found) // most] for i in range(most)]

@@ -52,9 +52,10 @@ def execute(folder: Path, done: str, command: Callable[[], str], nproc: int, log
     typed = shlex.join(["python", *shlex.split(command())])
     record = read_record(folder / done) or {"finished": False}
     finished = record.get("finished", True)
-    if not finished and (newest := checkpoint.latest(folder)):  # a stage that was stopped goes on from there
-        record = {"command": typed, **(read_record(newest / "state.json").get("run") or record)}
-    if "command" in record:
+    newest = None if finished else checkpoint.latest(folder)  # a stage that was stopped goes on from there
+    if newest:
+        record = {"command": typed} | record | read_record(newest / "state.json").get("run", {})
+    if finished or newest:
         was = relocated(record["command"], typed)
         require(was == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
         beside = sorted(folder.glob(f"*/{Path(done).name}")) if "/" in done else []  # of every benchmark

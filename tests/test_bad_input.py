@@ -230,7 +230,7 @@ def break_checkpoint(folder, how):
 
 @pytest.mark.parametrize("how, pattern", [
     ("empty", "cannot load it"), ("no_weights", "cannot load it"), ("cut_weights", "cannot load it"),
-    ("no_tokenizer", "no chat template"), ("no_chat_template", "no chat template"), ("no_eos", "no eos_token"),
+    ("no_tokenizer", "has no tokenizer.json"), ("no_chat_template", "no chat template"), ("no_eos", "no eos_token"),
 ])  # fmt: skip
 def test_an_incomplete_checkpoint(cli, typed, tmp_path, how, pattern):
     folder = tmp_path / "model"

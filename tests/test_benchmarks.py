@@ -1,6 +1,12 @@
 """What the recorded runs of benchmarks/ rest on."""
 
+import json
 import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
 
 from benchmarks import real_model
 from infra.dataset import load_problems
@@ -16,3 +22,19 @@ def test_the_real_model_s_problems_are_right_and_in_one_split_each(tmp_path):
         a, b = map(int, re.findall(r"\d+", problem.text))
         assert problem.answer == str(a - b if re.search("gives away|takes", problem.text) else a + b), problem.text
         assert len(problem.messages) == 5 and problem.text not in str(problem.messages)
+
+
+@pytest.mark.slow
+def test_the_first_gpu_s_parts_run_and_are_not_run_again(tmp_path):
+    """With tiny models: each script with the hf sampler, what it used beside its plan."""
+    command = [sys.executable, ROOT / "benchmarks" / "first_gpu.py", "--out", tmp_path, "--dry-run"]
+    command += ["--only", "machine|kernels|_hf|real_model"]
+    for again in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0 and ("opd_hf ..." in done.stdout) != again, done.stdout + done.stderr
+    results = json.loads((tmp_path / "first_gpu.json").read_text())
+    assert len(results) == 7 and not any("error" in result for result in results.values())
+    for name in ("opd_hf", "grpo_hf", "fkl_warmup_hf"):
+        one = results[name]
+        assert one["finite"] and one["train_tflops"] > 0 and one["planned_gb"] == pytest.approx(one["used_gb"], rel=0.3)
+    assert "| opd_hf |" in (tmp_path / "first_gpu.md").read_text()

@@ -269,6 +269,8 @@ def test_a_run_folder_describes_itself(run_script, checkpoints, data, fake_grade
     assert (run.out / f"{script}.py").read_text() == (ROOT / f"{script}.py").read_text()
     record = run.record
     assert set(record) == {
+        "inputs",
+        "steps",
         "finished",
         "command",
         "args",

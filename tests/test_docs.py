@@ -3,23 +3,13 @@
 import ast
 import re
 import shlex
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+from files import tracked
 
 ROOT = Path(__file__).parent.parent
-
-
-def tracked(pattern: str) -> list[str]:
-    """Files that git knows: a reader's copy of a script needs no page of its own. Without git, all there are."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--", f":(glob){pattern}"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    except OSError:
-        found = []
-    return [f for f in found if (ROOT / f).exists()] or sorted(str(f.relative_to(ROOT)) for f in ROOT.glob(pattern))
 
 
 PAGES = ["README.md", "recipes/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
@@ -73,6 +63,17 @@ def fields(script: str, name: str = "Args") -> dict[str, tuple]:
         "--" + n.target.id.replace("_", "-"): (literal(n.value, script) if n.value else REQUIRED, ast.unparse(n.annotation))
         for n in (found.body if found else [])
         if isinstance(n, ast.AnnAssign)
+    }
+
+
+@cache
+def help_of(script: str, name: str = "Args") -> dict[str, str]:
+    """{"--flag-name": the string below the field} of the class's own fields."""
+    found = class_named(script, name).body
+    return {
+        "--" + field.target.id.replace("_", "-"): text.value.value
+        for field, text in zip(found, found[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
     }
 
 
@@ -209,7 +210,10 @@ def slug(heading: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- tables and the code
-def check_flags(rows: list[list[str]], expected: dict[str, tuple]) -> None:
+NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?:e-?\d+)?")
+
+
+def check_flags(rows: list[list[str]], expected: dict[str, tuple], help_texts: dict[str, str]) -> None:
     assert [row[0].strip("`") for row in rows] == list(expected), "flags that differ, or another order"
     for (_, cell, meaning), (flag, (default, _)) in zip(rows, expected.items(), strict=True):
         assert default is not COMPUTED, f"{flag}: a default that this test cannot read"
@@ -222,6 +226,8 @@ def check_flags(rows: list[list[str]], expected: dict[str, tuple]) -> None:
             shown = default if isinstance(default, str) else " ".join(default)
             assert cell == (f"`{shown}`" if shown else '`""`'), f"{flag}: {cell}, is {shown!r}"
         assert meaning, f"{flag}: no meaning"
+        missing = set(NUMBER.findall(help_texts[flag])) - set(NUMBER.findall(meaning))
+        assert not missing, f"{flag}: the meaning lacks {missing} of --help"
 
 
 def base_of(variant: str) -> str:
@@ -232,18 +238,28 @@ def base_of(variant: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_s_own_flags_are_in_the_table_of_its_page(script):
-    check_flags(table(read(page_of(script)), "flag"), fields(script))
+    check_flags(table(read(page_of(script)), "flag"), fields(script), help_of(script))
 
 
 def test_shared_flags_are_in_the_tables_of_flags_md():
-    check_flags(table(read("docs/flags.md"), "flag"), fields("common.py", "RunArgs") | fields("common.py", "RolloutArgs"))
+    expected, help_texts = [one("common.py", "RunArgs") | one("common.py", "RolloutArgs") for one in (fields, help_of)]
+    check_flags(table(read("docs/flags.md"), "flag"), expected, help_texts)
+
+
+def test_the_canary_s_tolerances_are_those_of_the_sampler():
+    [values] = [n.value.values for n in nodes("infra/sampler_vllm.py") if is_assignment(n, "CANARY_TOLERANCE")]
+    tolerances = [ast.literal_eval(value) for value in values]  # float32, bfloat16
+    [row] = [row for row in table(read("docs/samplers.md"), "`debug/canary_logprob_diff`") if "default" in row[0]]
+    assert [float(cell) for cell in row[1:]] == tolerances
+    said = NUMBER.findall(help_of("common.py", "RolloutArgs")["--canary-tolerance"])
+    assert [float(number) for number in said][:2] == tolerances
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_s_section_has_the_flags_that_its_script_has_not(variant):
     base = fields(base_of(variant))
     own = {flag: field for flag, field in fields(variant).items() if base.get(flag) != field}
-    check_flags(table(section("docs/variants.md", Path(variant).name), "flag"), own)
+    check_flags(table(section("docs/variants.md", Path(variant).name), "flag"), own, help_of(variant))
 
 
 def check_metrics(rows: list[list[str]], expected: set[str]) -> None:
@@ -300,6 +316,7 @@ def summary_keys() -> list[str]:
             "field of a study with label budgets",
             lambda: dict_keys(function("infra/frontier.py", "frontier"), "return"),
         ),
+        ("docs/pilot.md", "field", lambda: [*dict_keys(function("infra/pilot.py", "read"), "record"), "doubts"]),
         ("docs/report.md", "comparison", lambda: dict_keys(nodes("infra/report.py"), "COMPARISONS")),
         ("docs/toy.md", "key", lambda: dict_keys(function("toy.py", "measure"), "return")),
         (

@@ -46,7 +46,7 @@ def test_summary_equals_the_hand_computed_figures(measure):
                             "out_of_vocab", "unparsable", "grader_timeouts", "kept_problems", "seconds", "command",
                             "regraded", "benchmark", "inputs", "args"}  # fmt: skip
     assert summary["kept_problems"] == 0 and summary["regraded"] is None and summary["benchmark"].endswith("data.jsonl")
-    assert set(summary["inputs"]) == {"model", "benchmark", "problems"}
+    assert set(summary["inputs"]) == {"model", "benchmark", "problems"}, "and no grader, which is no file here"
     assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in summary["inputs"].values())
     assert summary["accuracy"] == pytest.approx(14 / 24) and (summary["problems"], summary["samples"]) == (6, 4)
     # pass@2: 1 - C(4 - c, 2) / 6 for c = 4, 2, 0, 1, 4, 3 right of 4

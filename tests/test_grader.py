@@ -302,13 +302,15 @@ def test_repairs_of_a_hostile_answer_end(piece):
 
 
 def test_files_beside_the_worker_do_not_shadow_libraries(tmp_path):
-    for source in ROOT.glob("grader*.py"):
-        (tmp_path / source.name).write_text(source.read_text())
-    for name in ("plan", "sympy", "mpmath", "math_verify", "json", "random"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    folder = tmp_path / "infra"
+    folder.mkdir()
+    for source in ROOT.glob("infra/grader*.py"):
+        (folder / source.name).write_text(source.read_text())
+    for name in ("__init__", "plan", "sympy", "mpmath", "math_verify", "json", "random"):
+        (folder / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     with Grader(workers=1) as grader:
         grader.command = [part.replace(str(ROOT), str(tmp_path)) for part in grader.command]
-        assert str(tmp_path / "grader_worker.py") in grader.command
+        assert str(folder / "grader_worker.py") in grader.command
         assert grader.grade([box(r"\frac12")], ["0.5"]) == [1.0]
 
 
@@ -321,7 +323,7 @@ def test_references_that_nothing_can_match_are_found(patient):
 
 
 def test_a_fault_in_a_repair_is_counted_and_ends_nothing(grader, monkeypatch):
-    monkeypatch.setattr("grader.readings", lambda *pair: 1 / 0)
+    monkeypatch.setattr("infra.grader.readings", lambda *pair: 1 / 0)
     before = grader.timeouts
     assert grader.grade([box("x + 1 + 1"), box("3")], ["x+2", "3"]) == [0.0, 1.0] and grader.timeouts == before + 1
 

@@ -2,9 +2,11 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from files import tracked
 
 SCRIPTS = {"grpo", "fkl_warmup", "opd", "bridge", "eval_math", "toy"}
 MAY_IMPORT = {  # of this repository; what stands in a test may import everything
@@ -14,7 +16,8 @@ MAY_IMPORT = {  # of this repository; what stands in a test may import everythin
     "infra": {"infra", "kernels"},
     "kernels": {"kernels"},
 }
-FILES = [*ROOT.glob("*.py"), *(path for folder in ("variants", "infra", "kernels") for path in ROOT.glob(f"{folder}/*.py"))]
+FOLDERS = ("", "variants/", "infra/", "kernels/")
+FILES = [ROOT / path for folder in FOLDERS for path in tracked(f"{folder}*.py")]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
 
@@ -57,7 +60,7 @@ def circle(graph: dict[str, set[str]]) -> list[str] | None:
 
 
 def test_the_top_level_has_the_scripts_and_what_they_share():
-    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS | {"common"}
+    assert {Path(path).stem for path in tracked("*.py")} == SCRIPTS | {"common"}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -66,11 +66,9 @@ def test_every_flag_has_a_text(help_of, script):
 def test_a_scripts_own_default_of_a_shared_flag_stands_in_the_shared_group(help_of):
     warmup, others = help_of("fkl_warmup"), [help_of("grpo"), help_of("opd")]
     assert not OWN_OPTIONS & warmup["algorithm"].keys()
-    assert "behind the rollouts (default: True)" in warmup["rollout"]["vllm_sleep"]
-    assert "(default: 0.5)" in warmup["rollout"]["vllm_gpu_memory_utilization"]
-    for groups in others:
-        assert "while the model trains (default: False)" in groups["rollout"]["vllm_sleep"]
-        assert "(default: 0.3)" in groups["rollout"]["vllm_gpu_memory_utilization"]
+    assert "rollouts.jsonl, metrics.jsonl" in warmup["run"]["out"] and "(default: ckpt/warmup)" in warmup["run"]["out"]
+    for groups, default in zip(others, ("ckpt/grpo", "ckpt/opd"), strict=True):
+        assert "rollouts.jsonl" not in groups["run"]["out"] and f"(default: {default})" in groups["run"]["out"]
     defaults = [(groups["run"]["out"].split()[-1]) for groups in (warmup, *others)]
     assert defaults == ["ckpt/warmup)", "ckpt/grpo)", "ckpt/opd)"]
 

@@ -49,7 +49,7 @@ def test_values_are_summed_in_float64_and_hold_no_graph():
     meter.add("mean", grows * 2)
     meter.max("max", grows)
     assert meter.metrics() == {"sum": 1.0, "mean": 2.0, "max": 1.0}
-    assert not any(tensor.requires_grad for tensor in (*meter.sums.values(), *meter.largest.values()))
+    assert not any(tensor.requires_grad for tensor in (*meter.sums.values(), *meter.maxima.values()))
 
 
 def test_a_name_that_was_never_added_is_in_no_row():

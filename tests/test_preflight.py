@@ -295,11 +295,12 @@ def test_a_far_student_is_told_to_warm_up_unless_this_is_the_warmup(typed, capsy
 
 
 def test_a_damaged_checkpoint_is_refused(cli, typed, tmp_path):
+    """Weights that are finite, as others are refused at load (tests/test_faults.py), and whose logits are not."""
     import torch
 
     model = random_model(seed=9)
     with torch.no_grad():
-        model.model.norm.weight[3] = float("nan")
+        model.model.norm.weight[3] = 3e38
     model.save_pretrained(tmp_path / "broken")
     toy.make_tokenizer().save_pretrained(tmp_path / "broken")
     result = cli("opd", *typed(*STEP["opd"], teacher=tmp_path / "broken"))

@@ -81,3 +81,20 @@ def test_without_labels_no_answer_is_needed_and_none_is_booked(run_script, check
 def test_with_labels_the_ledger_knows(run_script, checkpoints, data, own):
     run = run_script("grpo", **grpo(checkpoints, data, grader=f"{own}:matches"))
     assert run.record["labels_used"] == 8
+
+
+def test_eval_math_measures_it_and_grades_again(run_script, checkpoints, own, tmp_path, cli):
+    data = write_jsonl(tmp_path / "x.jsonl", [{"problem": f"{i}+{i}?"} for i in range(4)])
+    flags = {"model": checkpoints.student, "benchmarks": (data,), "samples": 2, "max_response_tokens": 4}
+    run = run_script("eval_math", **flags, grader=f"{own}:brevity")
+    summary = json.loads((run.out / "x/summary.json").read_text())
+    assert 0 < summary["accuracy"] < 1 and summary["pass_at_k"] is None and summary["problems"] == 4
+    code, out, _ = cli("eval_math", "--regrade", run.out, "--grader", f"{own}:brevity")
+    assert code == 0 and "0 of 8 verdicts have changed" in out
+
+
+def test_references_that_cannot_be_graded_are_counted_and_named(run_script, checkpoints, tmp_path, capsys):
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "why?", "answer": "because the light is bent, as one may see"}]
+    data = write_jsonl(tmp_path / "x.jsonl", [*rows, {"problem": "2+2?", "answer": "4"}])
+    run_script("grpo", **grpo(checkpoints, data, prompts_per_step=2, minibatch_prompts=2, max_steps=1))
+    assert "cannot read 1 of 3 reference answers" in (out := capsys.readouterr().out) and "because the light" in out

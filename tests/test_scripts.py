@@ -1,14 +1,15 @@
 """The three trainers: gradients against the formula written out naively in float64 with transformers' own logits, their
 independence of the micro-batch split, determinism, and what each flag changes."""
 
+import contextlib
 import itertools
 import math
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import load, next_token_logits, random_model, read_jsonl, write_jsonl
@@ -326,6 +327,17 @@ def test_grpo_advantages_of_right_and_wrong_equal_the_formula(advantages_of, G, 
         assert std_normalization or torch.equal(advantages, exact)
 
 
+def test_grpo_log_ratios_beyond_what_exp_can_hold_are_clamped_and_counted(run_script, fake_grader, checkpoints, data):
+    """The first minibatch throws the policy far away; at a log-ratio of 89 the second one's gradient was nan."""
+    fake_grader(lambda answer, j: float(j % 2))
+    flags = {"prompts_per_step": 10, "minibatch_prompts": 5, "group_size": 4, "max_response_tokens": 12, "max_steps": 1}
+    run = run_script("grpo", model=checkpoints.student, train_data=data, learning_rate=30.0, **flags)
+    [row] = run.metrics
+    assert row["debug/logratio_max"] > 89 and 0 < row["debug/logratio_clampfrac"] < 1
+    assert all(np.isfinite(value) for value in row.values())
+    assert all(tensor.isfinite().all() for tensor in load(run.out).state_dict().values())
+
+
 def test_grpo_overlong_filtering_of_every_response_changes_nothing(run_script, fake_grader, checkpoints, data):
     fake_grader(mixed_rule)
     run = run_script(
@@ -504,24 +516,20 @@ def test_opd_needs_nothing_of_an_offloaded_teacher_but_its_head(run_script, chec
     expected = run_script("opd", **args)
     weights, places = {}, []
 
-    def load_traveller(*a, **kw):
-        model = load_model(*a, **kw)
-        if not next(model.parameters()).requires_grad:
-            model.to = partial(travel, model)
-        return model
+    @contextlib.contextmanager
+    def travel(model, device, offload):
+        assert offload
+        for name, parameter in model.named_parameters():
+            parameter.data = weights.get(name, parameter.data)
+        places.append(device)
+        yield
+        for name, parameter in model.named_parameters():
+            weights[name], parameter.data = parameter.data, torch.full_like(parameter, float("nan"))
+        places.append("home")
 
-    def travel(module, place):
-        places.append(place)
-        for name, parameter in module.named_parameters():
-            if place == "cpu":
-                weights[name], parameter.data = parameter.data, torch.full_like(parameter, float("nan"))
-            elif weights:
-                parameter.data = weights[name]
-
-    load_model = models.load_model
-    monkeypatch.setattr(models, "load_model", load_traveller)
+    monkeypatch.setattr(models, "on_device", travel)
     run = run_script("opd", **args, offload_teacher=True)
-    assert places == 3 * [torch.device("cpu"), "cpu"]  # the training device, home: for the preflight and each step
+    assert places == 3 * [torch.device("cpu"), "home"]  # for the preflight and each step
     assert_close(run.updates[1][1], expected.updates[1][1])
 
 

@@ -12,11 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 from conftest import random_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import toy
-from infra import lora, sampler_vllm
+from infra import lora, parallel, sampler_vllm
 from infra.sampler_hf import HFSampler
 from infra.sampler_vllm import CanaryError, VLLMSampler
 
@@ -101,7 +99,9 @@ def check_model(arch, tied) -> dict:
     measured["diff_greedy"] = logprob_diff(model, greedy(sampler), 1)
 
     perturb(model, 2)
-    reset, sampler.llm.reset_prefix_cache = sampler.llm.reset_prefix_cache, lambda: None
+    reset, sampler.llm.reset_prefix_cache = sampler.llm.reset_prefix_cache, lambda: False
+    measured["reset_refused"] = refusal(sync_and_sample, sampler, model)
+    sampler.llm.reset_prefix_cache = lambda: True
     measured["stale_prefix_cache"] = refusal(sync_and_sample, sampler, model)
     sampler.llm.reset_prefix_cache = reset
     if tied:
@@ -129,6 +129,7 @@ def check_sampling() -> dict:
     same = sampler.sample([PROMPTS[0]] * 8, 1)
     measured["distinct_of_equal_prompts"] = len({tuple(r.ids) for r in same})
 
+    measured["many"] = len(sampler.sample(PROMPTS * 200, 1))  # more tokens than vLLM reads at once
     counts = []
     bar = type("Bar", (), {"update": lambda self, count: counts.append(count)})()
     sampler.sample(PROMPTS, 5, progress=bar)
@@ -179,7 +180,8 @@ def check_sampling() -> dict:
     sharded, folder = checkpoint(seed=6)
     sampler = make(sharded, folder)
     perturb(sharded, 1)
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))  # vLLM has made a process group of one
+    os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
+    parallel.shard(sharded, torch.float32, hybrid=False, offload=False)  # vLLM has made a process group of one
     measured["sharded_type"] = type(next(sharded.parameters())).__name__
     sync_and_sample(sampler, sharded)
     measured["sharded_canary"] = sampler.canary_logprob_diff
@@ -199,7 +201,7 @@ def check_ranks(tp: int) -> dict:
     dist.barrier()
     perturb(model, 1)
     expected = [r.ids for r in hf(model, temperature=0).sample(PROMPTS, 1)]
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    parallel.shard(model, torch.float32, hybrid=False, offload=False)
     sampler = make(model, folder, tp=tp)
     measured = {"equal": [r.ids for r in greedy(sampler)] == expected, "canary": sampler.canary_logprob_diff}
     sync_and_sample(sampler, model)

@@ -86,7 +86,7 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(student, {}, student, args.prompts_per_step))
 
     # ---- problems and prompts
-    problems = dataset.load_problems(args.train_data, "--train-data", False, args.prompt_column, args.answer_column)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=False, **dataset.columns(args))
     tokenizer = models.load_tokenizer(args.student, "--student")
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     check_teacher(args, tokenizer, student.config.vocab_size, max(map(len, prompts)))
@@ -168,7 +168,7 @@ def main(args: Args) -> None:
             reported = torch.tensor([lp for k in rows for lp in responses[k].sampler_logprobs], device=device)  # (N,)
             telemetry.add_sampler_difference(meter, stats.student_logprob, reported)
             samples.keep(step, rows, chosen_ids, **stats._asdict())
-            # last, as FSDP2 then takes the head back, and times the ranks over which it averages
+            # last: FSDP2's backward frees the head that was gathered. It averages over the ranks, hence the factor
             (loss * parallel.world_size()).backward()
         grad_norm = models.clip_gradients(model, args.max_grad_norm)
         stop.unless_finite(step, policy_loss=meter.total("losses/policy_loss"), grad_norm=grad_norm)

@@ -1,0 +1,143 @@
+# docs/pilot.md
+"""Is the pilot's recommendation right? For every budget and seed of finished `--labels` studies, and of two smaller ones
+with other students made here, the pilot is run on that world and those labels, and its rules are held against what the
+study found: does `bridge` or `long_grpo`, with the same labels and FLOPs, answer more of the test problems?
+
+    python benchmarks/pilot_rule.py --studies runs/arithmetic_labels runs/swaps_labels
+
+Run again, it goes on where it was stopped, as bridge.py does.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bridge  # noqa: E402
+from infra import cli, dataset, pilot, report, stages, worlds  # noqa: E402
+from infra.bootstrap import bootstrap_ci95  # noqa: E402
+from infra.cli import require  # noqa: E402
+
+RULES = ("probe", "cheap", "always the bridge")
+ARMS = ("bridge", "long_grpo")
+
+
+@dataclass
+class Args:
+    studies: tuple[str, ...] = ()
+    """output folders of bridge.py --labels on the embedded worlds, finished, with the arms bridge and long_grpo"""
+    out: str = "runs/pilot_rule"
+    """folder of the pilots, of the studies made here, of pilot_rule.json and pilot_rule.md"""
+    skills: tuple[float, ...] = (0.6, 0.9)
+    """for each a study of the arithmetic world with such a student (toy.py --student-skill)"""
+    labels: tuple[int, ...] = (64, 256)
+    """its label budgets"""
+    seeds: int = 1
+    """its seeds"""
+    pilot_problems: int = 64
+    """as bridge.py's"""
+    pilot_samples: int = 16
+    """as bridge.py's"""
+    pilot_steps: int = 10
+    """as bridge.py's"""
+    toy_flags: str = ""
+    """more flags for toy.py where studies are made"""
+    bridge_flags: str = ""
+    """more flags for bridge.py there"""
+    jobs: int | None = None
+    """stages at work at once; none: one per CPU and at most 4"""
+
+
+def small_study(args: Args, skill: float) -> Path:
+    """Make, or go on with, the study of a student of that skill."""
+    out, toy_flags = Path(args.out, f"skill{skill:g}"), f"{args.toy_flags} --student-skill {skill:g}"
+    jobs = f" --jobs {args.jobs}" if args.jobs else ""
+    stages.call(f"bridge.py --arms {' '.join(ARMS)} --labels {' '.join(map(str, args.labels))} --seeds {args.seeds} "
+                f"--out {shlex.quote(str(out))} --toy-flags={shlex.quote(toy_flags)}{jobs} {args.bridge_flags}")  # fmt: skip
+    return out
+
+
+def points(args: Args, study: Path) -> list[dict]:
+    """A row for each budget and seed of a study: what won in it, and what the pilot would have said."""
+    require((study / "report.json").exists(), f"--studies {study}: no report.json there; run bridge.py --labels to its end")
+    record = json.loads((study / "report.json").read_text(encoding="utf-8"))
+    world = json.loads((study / "world/toy.json").read_text(encoding="utf-8"))["args"]
+    found = record.get("frontier", {})
+    require(found and all(set(ARMS) <= row.keys() for row in found.values()),
+            f"--studies {study}: needs --labels with the arms {' and '.join(ARMS)}")  # fmt: skip
+    labeled, rows = dataset.load_problems(f"{study}/world/train.jsonl", "--studies", need_answers=True), []
+    for budget in map(int, found):
+        for place, seed in enumerate(record["seeds"]):
+            options = {name: value for name, value in vars(args).items() if name.startswith("pilot_")}
+            settings = bridge.Args(out=str(study), world=world["world"], labels=(budget,), jobs=args.jobs, **options)
+            worlds.fill_in(settings)
+            folder = Path(args.out, "pilots", study.name, f"labels{budget}", f"seed{seed}")
+            rules = pilot.run(settings, labeled[:budget], folder, seed)["rules"] | {"always the bridge": pilot.TEACHER}
+            bridge_, direct = (
+                report.scores([study / f"labels{budget}/seed{seed}" / arm], record["benchmark"]) for arm in ARMS
+            )
+            truth = pilot.recommend(bootstrap_ci95(bridge_ - direct))  # the two are close: not resolved on the test problems
+            accuracy = {arm: found[str(budget)][arm]["by_seed"][place] for arm in ARMS}
+            point = {"world": world["world"], "skill": world["student_skill"], "labels": budget, "seed": seed}
+            rows.append(point | accuracy | {"truth": truth, "rules": rules})
+    return rows
+
+
+def outcome(recommended: str, truth: str) -> str:
+    """hit: the same; miss: the other side; open: only one of the two is undecided."""
+    if recommended == truth:
+        return "hit"
+    return "open" if pilot.CLOSE in (recommended, truth) else "miss"
+
+
+def regret(row: dict, recommended: str) -> float:
+    """Accuracy given away against the better arm of this budget and seed; undecided is a coin's throw between the two."""
+    chosen = {pilot.TEACHER: ("bridge",), pilot.STUDENT: ("long_grpo",), pilot.CLOSE: ARMS}[recommended]
+    return max(row[arm] for arm in ARMS) - float(np.mean([row[arm] for arm in chosen]))
+
+
+def totals(rows: list[dict]) -> dict[str, dict]:
+    """{rule: how many hits, misses and open points, and the mean regret}."""
+    found = {}
+    for rule in RULES:
+        outcomes = [outcome(row["rules"][rule], row["truth"]) for row in rows]
+        found[rule] = {name: outcomes.count(name) for name in ("hit", "miss", "open")}
+        found[rule]["regret"] = float(np.mean([regret(row, row["rules"][rule]) for row in rows]))
+    return found
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [f"| world | skill | labels | seed | bridge | long_grpo | better | {' | '.join(RULES[:2])} |", "|---" * 9 + "|"]
+    for row in rows:
+        said = [f"{row['rules'][rule]} ({outcome(row['rules'][rule], row['truth'])})" for rule in RULES[:2]]
+        lines.append(
+            f"| {row['world']} | {row['skill']:g} | {row['labels']} | {row['seed']} | {row['bridge']:.3f} | "
+            f"{row['long_grpo']:.3f} | {row['truth']} | {' | '.join(said)} |"
+        )
+    lines += ["", "| rule | hits | misses | open | mean regret |", "|---|---|---|---|---|"]
+    for rule, row in totals(rows).items():
+        lines.append(f"| {rule} | {row['hit']} | {row['miss']} | {row['open']} | {row['regret']:.4f} |")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    cli.require_positive(args, "seeds pilot_problems pilot_steps jobs")
+    require(args.studies or args.skills, "--studies and --skills: nothing to try the rule on; give one of them")
+    names = [Path(study).name for study in args.studies]
+    require(len(set(names)) == len(names), f"--studies {' '.join(args.studies)}: two would share a folder; rename one")
+    studies = [*map(Path, args.studies), *(small_study(args, skill) for skill in args.skills)]
+    rows = [row for study in studies for row in points(args, study)]
+    text, record = markdown(rows), {"points": rows, "totals": totals(rows)}
+    Path(args.out, "pilot_rule.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Path(args.out, "pilot_rule.md").write_text(f"# The pilot's rules against the studies\n\n{text}\n", encoding="utf-8")
+    print(f"\n{text}\n\nwrote {args.out}/pilot_rule.json and pilot_rule.md")
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)
