@@ -208,10 +208,11 @@ def main(args: Args) -> None:
             report_ungradable(grader, some[: args.limit])
     problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
-    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     device, dtype = models.device_and_dtype(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     prompts = {name: render_all(tokenizer, some, args.instruction, args.thinking) for name, some in problems.items()}
+    flat = [ids for some in prompts.values() for ids in some]
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking, flat)
 
     # ---- what is measured already is left alone
     out = Path(args.out or evaluation.default_out(args.model))

@@ -106,8 +106,8 @@ def main(args: Args) -> None:
     problems = dataset.load_problems(args.train_data, "--train-data", need_answers=labeled, **dataset.columns(args))
     report_ungradable(grader, problems)
     tokenizer = models.load_tokenizer(args.model, "--model")
-    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking)
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
+    preflight.warn_of_base("--model", args.model, tokenizer, args.thinking, prompts)
     eval_set = common.load_eval(args, tokenizer, labeled)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 

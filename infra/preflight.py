@@ -214,14 +214,14 @@ def warn_of_end(report, one) -> None:
         )
 
 
-def warn_of_base(flag: str, path: str, tokenizer, thinking: bool) -> None:
+def warn_of_base(flag: str, path: str, tokenizer, thinking: bool, prompts: list[list[int]]) -> None:
     """For a script of one model: print whether its responses may not end, as a base checkpoint's. Raises UsageError where
-    the model lacks an embedding for an id of its tokenizer."""
-    one = facts(flag, path, tokenizer, thinking)
+    the model lacks an embedding for an id in one of the `prompts`."""
+    one, largest = facts(flag, path, tokenizer, thinking), max(max(ids) for ids in prompts)
     require(
-        max(one.vocab.values()) < one.vocab_size,
-        f"{flag} {path}: its tokenizer has ids up to {max(one.vocab.values())}, its model only {one.vocab_size} embeddings; "
-        f"give the folder the tokenizer that belongs to the model",
+        largest < one.vocab_size,
+        f"{flag} {path}: a prompt has the id {largest}, its model only {one.vocab_size} embeddings; give the folder the "
+        f"tokenizer that belongs to the model",
     )
     warn_of_end(Report(force=True), one)
 

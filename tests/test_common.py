@@ -56,7 +56,7 @@ def test_the_learning_rate_is_0_at_no_step(decay, warmup):
 
 
 def test_count_steps_wraps_the_last_one_around():
-    flags = types.SimpleNamespace(max_steps=None, epochs=3)
+    flags = types.SimpleNamespace(learning_rate_warmup_steps=0, max_steps=None, epochs=3)
     assert [common.count_steps(flags, 10, per_step, "--prompts-per-step") for per_step in (1, 4, 5, 10)] == [30, 8, 6, 3]
     flags.max_steps = 2
     assert common.count_steps(flags, 10, 4, "--prompts-per-step") == 2
