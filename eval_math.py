@@ -201,11 +201,8 @@ def main(args: Args) -> None:
         "--temperature must be >= 0 and finite, --top-p in (0, 1], --top-k >= 0",
     )
     specs = dict(zip(names, [HUB.get(benchmark, benchmark) for benchmark in args.benchmarks], strict=True))
-    with make_grader(args.grader) as grader:
-        labeled = grader.uses_labels
-        whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=labeled) for name, spec in specs.items()}
-        for some in whole.values():
-            report_ungradable(grader, some[: args.limit])
+    labeled = make_grader(args.grader).uses_labels
+    whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=labeled) for name, spec in specs.items()}
     problems = {name: some[: args.limit] for name, some in whole.items()}
     tokenizer = models.load_tokenizer(args.model, "--model")
     device, dtype = models.device_and_dtype(args.dtype)
@@ -223,6 +220,9 @@ def main(args: Args) -> None:
     names = [name for name in names if not results[name].summary]
     if not names:
         return
+    with make_grader(args.grader) as grader:
+        for name in names:
+            report_ungradable(grader, problems[name])
 
     model = None  # vllm reads the checkpoint itself
     if args.sampler == "hf":
