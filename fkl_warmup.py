@@ -219,7 +219,7 @@ def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tu
     aside, where a killed run finds what it had sampled."""
     path, aside, n = run.out / "rollouts.jsonl", run.out / "rollouts.partial.jsonl", args.rollouts_per_prompt
     if path.exists():
-        lines = [json.dumps(row) for row in dataset.load_rows(str(path), "--resume")]
+        rows = dataset.load_rows(str(path), "--resume")
     else:
         lines = aside.read_text(encoding="utf-8").splitlines(keepends=True) if aside.exists() else []
         lines = [line for line in lines if line.endswith("\n")]  # the last may be torn
@@ -240,7 +240,7 @@ def sample_rollouts(args, run, sampler, tokenizer, problems, prompts) -> list[tu
                 file.flush()
         if parallel.rank() == 0:
             aside.rename(path)
-    rows = map(json.loads, lines)
+        rows = map(json.loads, lines)
     return [(k // n, Response(row["response_ids"], [], row["truncated"])) for k, row in enumerate(rows)]
 
 
