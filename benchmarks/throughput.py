@@ -24,6 +24,12 @@ rows (zero_std_frac). So GRPO is timed with an early and with a late policy.
 
     python bridge.py && python benchmarks/throughput.py --world runs/demo/world
     python benchmarks/throughput.py --world runs/demo/world --threads 1 --record benchmarks/results/throughput_cpu.md
+
+On a real language model, whose answers to problems of school mathematics are next to never right: a reward that differs
+within every group (--grader parity) has both sides train on every response.
+
+    T=runs/real_model/teacher S=runs/real_model/pruned   # made by benchmarks/real_model.py
+    python benchmarks/throughput.py --train-data gsm8k_train.jsonl --grader parity --grpo-model $T --teacher $T --student $S
 """
 
 import json
@@ -56,6 +62,8 @@ from infra.cli import require  # noqa: E402
 class Args:
     world: str = "runs/demo/world"
     """folder with train.jsonl (problem, answer) and teacher_base/: what bridge.py or toy.py makes"""
+    train_data: str | None = None
+    """problems with answers; default: WORLD/train.jsonl"""
     grpo_model: tuple[str, ...] = ()
     """policies of the GRPO steps; default: WORLD/teacher_base (early) and the teacher (late)"""
     teacher: str | None = None
@@ -90,8 +98,8 @@ class Args:
     """TRL's: rows per forward-backward pass, the rest by gradient accumulation; 0: the whole minibatch in one pass"""
     learning_rate: float = 1e-6
     """small, so that both sides keep sampling from the same policy"""
-    grader: Literal["boxed", "math"] = "boxed"
-    """our grader; TRL's reward is string equality of the last box, as "boxed" is"""
+    grader: Literal["boxed", "math", "parity"] = "boxed"
+    """our grader; TRL's reward is string equality of the last box, as "boxed" is, or the parity of the response's length"""
     seed: int = 1
     """order of the problems"""
     record: str | None = None
@@ -109,6 +117,15 @@ def boxed_reward(completions, answer, **_) -> list[float]:
     """1 if the last box of a completion holds exactly the answer."""
     boxes = [re.findall(r"\\boxed\{([^{}]*)\}", completion[0]["content"]) for completion in completions]
     return [float(bool(box) and box[-1] == a) for box, a in zip(boxes, answer, strict=True)]
+
+
+def parity(response: str) -> float:
+    """1 for a response of an even number of characters: about half of any group."""
+    return float(len(response) % 2 == 0)
+
+
+def parity_reward(completions, **_) -> list[float]:
+    return [parity(completion[0]["content"]) for completion in completions]
 
 
 def trl_side(args: Args) -> None:
@@ -129,7 +146,7 @@ def trl_side(args: Args) -> None:
         f"--trl-micro-batch {rows_per_pass} does not divide the {rows_per_update} rows of an optimizer step",
     )
 
-    problems = dataset.load_problems(f"{args.world}/train.jsonl", "--world", need_answers=True)
+    problems = dataset.load_problems(args.train_data, "--train-data", need_answers=True)
     order = dataset.ProblemStream(len(problems), args.seed).take(steps * prompts_per_step)  # the very order of our scripts
     chosen = [problems[i] for i in order]
     trl_dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p.text}], "answer": p.answer} for p in chosen])
@@ -153,8 +170,9 @@ def trl_side(args: Args) -> None:
             epsilon=0.2, epsilon_high=0.28, delta=10.0, loss_type="dapo", scale_rewards="group", **shared,
         )  # fmt: skip
         trainer = trl.GRPOTrainer(
-            model=model, reward_funcs=boxed_reward, args=config, train_dataset=trl_dataset, processing_class=tokenizer
-        )
+            model=model, reward_funcs=parity_reward if args.grader == "parity" else boxed_reward, args=config,
+            train_dataset=trl_dataset, processing_class=tokenizer,
+        )  # fmt: skip
     else:
         teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
         config = trl.DistillationConfig(beta=1.0, **shared)  # 1: reverse KL
@@ -216,19 +234,20 @@ def total_steps(args: Args, part: str) -> int:
 def command_of(args: Args, part: str, policy: str, side: str, out: Path) -> tuple[list[str], Path]:
     """(arguments of python, file that the steps end up in) of one side."""
     if side == "trl":
-        fields = ["world", "rounds", "warmup_steps", "grpo_steps", "opd_steps", "grpo_prompts", "group_size",
+        fields = ["train_data", "grader", "rounds", "warmup_steps", "grpo_steps", "opd_steps", "grpo_prompts", "group_size",
                   "minibatch_prompts", "opd_prompts", "max_response_tokens", "seed", "trl_micro_batch", "learning_rate",
                   "teacher", "student"]  # fmt: skip
         flags = [text for name in fields for text in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
         own = ["--side", f"trl-{part}", "--side-out", str(out / "metrics.jsonl"), "--grpo-model", policy]
         return [str(Path(__file__).resolve()), *own, *flags], out / "metrics.jsonl"
-    flags = ["--train-data", f"{args.world}/train.jsonl", "--instruction", "", "--max-response-tokens",
+    flags = ["--train-data", args.train_data, "--instruction", "", "--max-response-tokens",
              str(args.max_response_tokens), "--learning-rate", str(args.learning_rate), "--max-steps",
              str(total_steps(args, part)), "--micro-batch-tokens", str(args.micro_batch_tokens), "--dtype", "float32",
              "--seed", str(args.seed), "--out", str(out)]  # fmt: skip
     if part == "grpo":
+        grader = f"{Path(__file__).resolve()}:parity" if args.grader == "parity" else args.grader
         own = ["--model", policy, "--prompts-per-step", str(args.grpo_prompts), "--group-size", str(args.group_size),
-               "--minibatch-prompts", str(args.minibatch_prompts), "--grader", args.grader]  # fmt: skip
+               "--minibatch-prompts", str(args.minibatch_prompts), "--grader", grader]  # fmt: skip
         return [str(ROOT / "grpo.py"), *own, *flags], out / "metrics.jsonl"
     own = ["--teacher", args.teacher, "--student", args.student, "--prompts-per-step", str(args.opd_prompts)]
     return [str(ROOT / "opd.py"), *own, *flags], out / "metrics.jsonl"
@@ -368,10 +387,11 @@ def main(args: Args) -> None:
         return
     runs = Path(args.world).parent
     args.teacher, args.student = args.teacher or str(runs / "teacher_rl"), args.student or str(runs / "bridge")
+    own_data, args.train_data = args.train_data, args.train_data or f"{args.world}/train.jsonl"
     policies = args.grpo_model or (f"{args.world}/teacher_base", args.teacher)
     require(run_folder.version("trl"), "this comparison needs TRL: pip install trl==1.16.0")
     require(
-        Path(args.world, "train.jsonl").exists(),
+        own_data or Path(args.train_data).exists(),
         f"--world {args.world}: has no train.jsonl; run python bridge.py, or python toy.py --out {args.world}",
     )
     require(

@@ -57,13 +57,17 @@ def load_problems(
     rows, data = numbered_rows(spec, flag), f"{flag} {spec}"
     require(rows, f"{data}: the dataset is empty; give one with at least one problem")
     columns = sorted({column for _, row in rows for column in row})
-    given = (prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")
-    for column, name in given:
-        known = column is None or any(cell(row, column) is not None for _, row in rows)
-        require(known, f"{name} {column}: {data} has only {', '.join(columns)}")
+
+    def has(column):
+        return column is None or any(cell(row, column) is not None for _, row in rows)
+
+    if flag == "--eval-data":  # often a benchmark with names of its own
+        prompt_column, answer_column = (column if has(column) else None for column in (prompt_column, answer_column))
+    for column, name in ((prompt_column, "--prompt-column"), (answer_column if need_answers else None, "--answer-column")):
+        require(has(column), f"{name} {column}: {data} has only {', '.join(columns)}")
     text_column = prompt_column or next((column for column in PROMPT_COLUMNS if column in columns), None)
     or_prompt, or_answer = [  # they do not hold for the other flags' files
-        f" (or {name})" if flag in ("--train-data", "--label-split") else ""
+        f" (or {name})" if flag in ("--train-data", "--eval-data", "--label-split") else ""
         for name in ("--prompt-column", "--answer-column")
     ]
     needed = f"a column problem, question or prompt{or_prompt}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from infra import parallel
 from infra.files import whole_rows, write_aside
 from infra.grader import last_boxed
+from infra.reward import references
 
 RESPONSES = 4  # the first of a step's batch
 PAGE_STEPS = 6  # the page shows the first sampled step and the latest others; samples.jsonl has them all
@@ -68,8 +69,8 @@ class Samples:
         for k in sorted(kept):
             tokens = token_texts(self.tokenizer, responses[k].ids)
             response, reward = "".join(tokens), rewards[k] if rewards is not None else None
-            if rewards is None and problems[k].answer:
-                [reward] = grader.grade([response], [problems[k].answer])
+            if rewards is None and (problems[k].answer or not grader.uses_labels):
+                [reward] = grader.grade([response], references(grader, [problems[k]]))
             row = {
                 "step": step,
                 "problem": problems[k].text,

@@ -14,14 +14,24 @@ from infra.dataset import load_problems
 
 def test_the_real_model_s_problems_are_right_and_in_one_split_each(tmp_path):
     real_model.write_problems(tmp_path)
-    splits = {name: load_problems(str(tmp_path / f"{name}.jsonl"), "--x", True) for name in real_model.SPLITS}
+    splits = {
+        name: load_problems(str(tmp_path / f"{name}.jsonl"), "--x", need_answers=name != "unlabeled")
+        for name in real_model.SPLITS
+    }
     assert {name: len(problems) for name, problems in splits.items()} == real_model.SPLITS
     texts = [p.text for problems in splits.values() for p in problems]
     assert len(set(texts)) == len(texts)
-    for problem in (p for problems in splits.values() for p in problems):
-        a, b = map(int, re.findall(r"\d+", problem.text))
-        assert problem.answer == str(a - b if re.search("gives away|takes", problem.text) else a + b), problem.text
-        assert len(problem.messages) == 5 and problem.text not in str(problem.messages)
+    for name, problems in splits.items():
+        for problem in problems:
+            a, b = map(int, re.findall(r"\d+", problem.text))
+            right = str(a - b if re.search("gives away|takes", problem.text) else a + b)
+            assert problem.answer == (None if name == "unlabeled" else right), problem.text
+            assert len(problem.messages) == 3 and problem.text not in str(problem.messages)
+
+
+def test_the_real_model_s_reward_is_the_last_number():
+    right = {"9": True, "4 + 5 = 9": True, "9, or 8": False, "4 + 5 = 19": False, "9.": True, "nine": False, "": False}
+    assert {text: real_model.last_number(text, "9") == 1 for text in right} == right
 
 
 @pytest.mark.slow

@@ -251,6 +251,14 @@ def test_a_column_may_be_a_key_inside_another(tmp_path):
     assert refusal(path, **options | {"answer_column": "a.e"}) == f"--answer-column a.e: --train-data {path} has only a, a.d"
 
 
+def test_named_columns_hold_for_eval_data_that_has_them(tmp_path):
+    for row in ({"q": "x", "a": "7"}, {"question": "x", "answer": "7"}):
+        path = write_jsonl(tmp_path / "d.jsonl", [row])
+        options = {"prompt_column": "q", "answer_column": "a"}
+        assert load_problems(path, "--eval-data", True, **options) == [Problem("x", (), "7")]
+    assert refusal(path, prompt_column="q") == f"--prompt-column q: --train-data {path} has only answer, question"
+
+
 def test_problems_that_differ_in_the_system_prompt_alone_are_different(tmp_path, capsys):
     table = [{"prompt": [SYSTEM, USER]}, {"prompt": [SYSTEM | {"content": "Think."}, USER]}, {"prompt": "1+1?"}]
     problems = load(write_jsonl(tmp_path / "d.jsonl", [*table, table[0]]), need_answers=False)

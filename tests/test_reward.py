@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from conftest import read_jsonl, write_jsonl
 from test_ledger import grpo
 
 from infra.cli import UsageError
@@ -81,6 +81,16 @@ def test_without_labels_no_answer_is_needed_and_none_is_booked(run_script, check
 def test_with_labels_the_ledger_knows(run_script, checkpoints, data, own):
     run = run_script("grpo", **grpo(checkpoints, data, grader=f"{own}:matches"))
     assert run.record["labels_used"] == 8
+
+
+@pytest.mark.parametrize("script", ["opd", "fkl_warmup"])
+def test_it_marks_the_learning_curve_and_the_samples_of_a_dense_stage(run_script, checkpoints, own, tmp_path, script):
+    data = write_jsonl(tmp_path / "x.jsonl", [{"problem": f"{i}+{i}?"} for i in range(4)])
+    flags = {"teacher": checkpoints.wide, "student": checkpoints.student, "train_data": data, "max_response_tokens": 4}
+    flags |= {"prompts_per_step": 4} if script == "opd" else {"rollouts_per_step": 4}
+    run = run_script(script, **flags, max_steps=1, eval_data=data, eval_every=1, grader=f"{own}:brevity")
+    assert [0 < row["eval/accuracy"] < 1 for row in run.metrics] == [True, True]
+    assert all(0 < row["reward"] < 1 for row in read_jsonl(run.out / "samples.jsonl"))
 
 
 def test_eval_math_measures_it_and_grades_again(run_script, checkpoints, own, tmp_path, cli):

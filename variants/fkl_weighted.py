@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root
 import common
 from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
-from infra.grader import Grader
 from infra.meter import Meter
 from infra.prompts import render_prompts
+from infra.reward import make_grader
 from infra.sampler import Response, vocabulary_size
 from infra.sampler_hf import HFSampler
 from infra.samples_page import Samples
@@ -89,6 +89,7 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(**work))
 
     # ---- problems and prompts
+    grader = make_grader(args.grader)  # for --eval-data, --reward-weight and the samples
     answers = args.reward_weight > 0  # are needed
     problems = dataset.load_problems(args.train_data, "--train-data", answers, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.student, "--student")
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
-    eval_set = common.load_eval(args, tokenizer)
+    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
     rollouts = load_rollouts(args, problems, vocabulary_size(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
     require(
@@ -120,7 +121,6 @@ def main(args: Args) -> None:
     # for --eval-data alone, and always hf: the teacher has the process's one vLLM engine
     limits = {"max_response_tokens": args.max_response_tokens, "batch_tokens": args.rollout_batch_tokens}
     eval_sampler = HFSampler(model, tokenizer, dtype, temperature=args.temperature, **limits)
-    grader = Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="forward_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     params, teacher_params = models.count_params(model, teacher)

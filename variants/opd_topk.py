@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root
 import common
 from infra import batches, cli, dataset, models, parallel, plan, run_folder, telemetry
 from infra.cli import RunStopped, UsageError, require
-from infra.grader import Grader
 from infra.hub import RETRY_WAITS, first_line
 from infra.meter import Meter
 from infra.prompts import render_prompts
+from infra.reward import make_grader
 from infra.samples_page import Samples
 from kernels import TeacherTopK, fused_linear_divergence
 
@@ -86,11 +86,12 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(student, {}, student, args.prompts_per_step))
 
     # ---- problems and prompts
+    grader = make_grader(args.grader)  # for --eval-data and the samples
     problems = dataset.load_problems(args.train_data, "--train-data", need_answers=False, **dataset.columns(args))
     tokenizer = models.load_tokenizer(args.student, "--student")
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     check_teacher(args, tokenizer, student.config.vocab_size, max(map(len, prompts)))
-    eval_set = common.load_eval(args, tokenizer)
+    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
@@ -104,7 +105,6 @@ def main(args: Args) -> None:
     stream = dataset.ProblemStream(len(problems), args.seed)
     start = run.resume(model, optimizer, stream)
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, max(map(len, prompts + eval_set[1])))
-    grader = Grader()  # for --eval-data and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)

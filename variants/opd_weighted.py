@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's root
 import common
 from infra import batches, cli, dataset, models, parallel, plan, preflight, run_folder, telemetry
 from infra.cli import require
-from infra.grader import Grader
 from infra.meter import Meter
 from infra.prompts import render_prompts
+from infra.reward import make_grader
 from infra.samples_page import Samples
 from kernels import TeacherHead, fused_linear_divergence
 
@@ -89,6 +89,7 @@ def main(args: Args) -> None:
     plan.check(args, plan.Workload(**work, cached=True))
 
     # ---- problems and prompts
+    grader = make_grader(args.grader)  # for --eval-data, --reward-weight and the samples
     answers = args.reward_weight > 0  # are needed
     problems = dataset.load_problems(args.train_data, "--train-data", answers, args.prompt_column, args.answer_column)
     tokenizer = models.load_tokenizer(args.student, "--student")
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
-    eval_set = common.load_eval(args, tokenizer)
+    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
@@ -116,7 +117,6 @@ def main(args: Args) -> None:
     if args.paced:
         run.consult(problems)  # eval_math.py did, for their pass rates
     sampler = common.make_sampler(args, model, args.student, tokenizer, dtype, max(map(len, prompts + eval_set[1])))
-    grader = Grader()  # for --eval-data, --reward-weight and the samples
     samples = Samples(run.out, tokenizer, args.sample_every, colour_by="reverse_kl")
     stop = run_folder.StopRules(args, run, model, tokenizer, dtype)
     stop.watch(sampler)
