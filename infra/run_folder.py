@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -321,7 +322,10 @@ class StopRules:
     same values, because all of them save. That they can save, and the last step too, is tried here, before the first."""
 
     def __init__(self, args, run, model, tokenizer, dtype):
-        self.args, self.saved, self.run, self.steps_truncated = args, (model, tokenizer, run.out, dtype), run, 0
+        self.args, self.saved, self.run = args, (model, tokenizer, run.out, dtype), run
+        rows = parallel.on_rank_zero(whole_rows, run.out / "metrics.jsonl")  # those of a run that is resumed
+        too_many = (row.get("charts/truncated_frac", 0) > args.stop_truncated_frac for row in reversed(rows))
+        self.steps_truncated = sum(takewhile(bool, too_many))
         if parallel.rank() == 0:
             require_room(args, run.out, model, dtype)
             try_save(model, tokenizer, run.out, dtype)

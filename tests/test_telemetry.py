@@ -170,6 +170,16 @@ def test_truncated_responses_stop_the_run_after_the_patience(train, tmp_path, mo
     assert train("opd", max_steps=6, **(args | {"stop_truncated_frac": 0.0})).record["finished"]
 
 
+def test_a_resumed_run_has_used_up_some_of_its_patience(train, tmp_path):
+    out, args = tmp_path / "run", dict(max_response_tokens=1, stop_truncated_frac=0.5, save_every=1, max_steps=20)
+    with pytest.raises(RunStopped):
+        train("opd", out=str(out), stop_patience=3, **args)
+    first = len(read_jsonl(out / "metrics.jsonl"))  # the checkpoint is of the step before
+    with pytest.raises(RunStopped):
+        train("opd", out=str(out), stop_patience=4, resume=True, **args)
+    assert len(read_jsonl(out / "metrics.jsonl")) == first + 1
+
+
 def test_the_patience_starts_again_after_a_good_step(tmp_path):
     stops = []
     rules = object.__new__(run_folder.StopRules)
