@@ -67,9 +67,9 @@ class Args:
     """of each stage of the toy, for a trial; none: as many as infra/worlds.py says"""
     more: str = ""
     """further flags for bridge.py"""
-    mmap_threshold: int = 256 << 10
-    """bytes from which on the C library gives freed memory back at once, so that the peak is what was in use; 0: as it
-    comes, with what its heap has kept"""
+    mmap_threshold: int = 0
+    """bytes from which on the C library gives freed memory back at once, so that the peak is what was in use (262144); 0: as
+    it comes, with what its heap has kept"""
     jobs: int = 2
     """stages of the toy at work at once"""
 
