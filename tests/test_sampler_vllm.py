@@ -255,7 +255,10 @@ def test_no_process_is_left(tiny, tmp_path, script, how):
     if how != "success":
         words = patched(tmp_path, words[1:], SLOW_ENGINE)
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=ENV | PYTHONPATH | {"ENGINE_TEST_MARK": mark})
+        process = subprocess.Popen(
+            words, stdout=log, stderr=log, env=ENV | PYTHONPATH | {"ENGINE_TEST_MARK": mark},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs the tests with &
+        )  # fmt: skip
     if how != "success":
         deadline = time.time() + 120
         while "ENGINE STEP" not in (tmp_path / "log").read_text():
