@@ -218,7 +218,8 @@ def plot(out: Path, record: dict, folders: dict[str, list[Path]]) -> None:
                 right.plot(list(curve), [np.mean(values) for values in curve.values()], label=name, marker=".")
                 break
     right.set(xlabel="step of the stage", ylabel="accuracy in training, mean over seeds", ylim=(0, 1))
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if right.lines:
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out / "report.png", dpi=110)
     plt.close(figure)
 
