@@ -69,7 +69,7 @@ class Samples:
         for k in sorted(kept):
             tokens = token_texts(self.tokenizer, responses[k].ids)
             response, reward = "".join(tokens), rewards[k] if rewards is not None else None
-            if rewards is None and (problems[k].answer or not grader.uses_labels):
+            if rewards is None and grader and (problems[k].answer or not grader.uses_labels):
                 [reward] = grader.grade([response], references(grader, [problems[k]]))
             row = {
                 "step": step,
