@@ -117,7 +117,7 @@ def plot(path: Path, record: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
     budgets = [float(n) for n in record["frontier"]]
     for k, arm in enumerate(next(iter(record["frontier"].values()))):
         rows = [row[arm] for row in record["frontier"].values()]
@@ -128,6 +128,6 @@ def plot(path: Path, record: dict) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [f"{n:g}" for n in budgets])
     axes.set(xlabel="labels", ylabel=f"accuracy on {record['benchmark']}; bands are 95 % intervals", ylim=(0, 1))
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)

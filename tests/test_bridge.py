@@ -595,6 +595,16 @@ def test_results_md_shows_the_recorded_reports(world):
     assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
 
+def test_results_md_shows_the_recorded_label_budgets():
+    record = json.loads((ROOT / "benchmarks/results/arithmetic_labels.json").read_text())
+    shown = f"<!-- report arithmetic_labels -->\n{report.markdown(record)}\n<!-- end -->"
+    assert shown in (ROOT / "docs/results.md").read_text()
+    assert list(record["frontier"]) == ["16", "32", "64", "128", "256", "512"] and len(record["seeds"]) == 3
+    for budget, row in record["frontier"].items():
+        assert all(arm["labels_used"] <= int(budget) for arm in row.values())
+        assert row["long_grpo"]["flops"] >= row["bridge"]["flops"] * 0.99
+
+
 def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, monkeypatch):
     bridge.main(real(tmp_path, problems))
     run, project = tmp_path / "run", tmp_path / "project"
