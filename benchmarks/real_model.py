@@ -146,14 +146,14 @@ def main(args: Args) -> None:
     def at(name):
         return q(str(out.resolve() / name))
 
-    grader = f"--grader {q(str(Path(__file__).resolve()))}:last_number"
-    prompt = f'--instruction "" --max-response-tokens 16 --rollout-batch-tokens 16384 --dtype {args.dtype}'
+    grader = f"--grader {q(str(Path(__file__).resolve()))}:last_number"  # the reward, and what marks every learning curve
+    prompt = f'{grader} --instruction "" --max-response-tokens 16 --rollout-batch-tokens 16384 --dtype {args.dtype}'
     train = f"{prompt} --temperature 0.7 --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --sample-every 10"
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
     if not run_folder.finished(student):
         run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
             f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 --resume")  # fmt: skip
-    grpo = f"{train} {grader} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
+    grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
            f"--learning-rate 3e-5 --eval-every 16"  # fmt: skip
     warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"
     opd = f"{train} --prompts-per-step 32 --max-steps {args.opd_steps} --learning-rate 1e-4 --eval-every 8"
@@ -161,7 +161,7 @@ def main(args: Args) -> None:
         f"--unlabeled-data {at('unlabeled.jsonl')} --labels {' '.join(map(str, args.labels))} --seeds {args.seeds} "
         f"--benchmarks {at('test.jsonl')} --arms {' '.join(args.arms)} --out {at('bridge')} --jobs {args.jobs} "
         f"--teacher-grpo-flags={q(grpo)} --student-grpo-flags={q(grpo)} --stage3-flags={q(grpo)} "
-        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} {grader} --samples 4')}",
+        f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} --samples 4')}",
         OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))  # fmt: skip
 
 
