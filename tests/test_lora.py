@@ -12,16 +12,16 @@ import conftest
 import pytest
 import torch
 import tyro
-from conftest import ROOT, FakeGrader, load, planned_and_used, random_model, read_jsonl
+from conftest import ROOT, FakeGrader, load, planned_and_used, random_model, read_jsonl, saved_activations
 from safetensors.torch import load_file
-from test_parallel import SMALL, TIMES, difference, jobs, stop, torchrun
+from test_parallel import SMALL, TIMES, difference, interrupted, jobs, torchrun
 from test_plan import hub  # noqa: F401  (a fixture)
 from torch.distributed.checkpoint import FileSystemReader
 
 import common
 import grpo
 import toy
-from infra import lora, models, plan, run_folder
+from infra import lora, models, plan
 from infra.cli import UsageError
 from infra.sampler_hf import HFSampler
 
@@ -200,11 +200,8 @@ def test_a_killed_run_goes_on_to_the_same_bits_from_its_adapters(
     args |= {"lora_rank": 4, "learning_rate": 0.01}
     whole = run_script(script, **args)
     args |= {"out": str(tmp_path / "killed"), "save_every": 2}
-    log = run_folder.Run.log
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Run, "log", lambda run, step, *rest: log(run, step, *rest) if step != 4 else stop())
-        with pytest.raises(KeyboardInterrupt):
-            run_script(script, **args)
+    with interrupted(monkeypatch, at=4):
+        run_script(script, **args)
     [folder] = (tmp_path / "killed" / "checkpoints").iterdir()
     held = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = [name for name, what in held.items() if getattr(what, "size", None)]
@@ -261,15 +258,7 @@ def test_counted_activations_are_those_that_autograd_saves(tmp_path, checkpointi
     lora.inject(model, 4, 8, seed=1)
     if checkpointing:
         models.enable_gradient_checkpointing(model)
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros((3, 40), dtype=torch.long), use_cache=False)
-    saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    saved = saved_activations(model)
     args = grpo.Args(model=str(tmp_path), lora_rank=4, gradient_checkpointing=checkpointing)
     counted = plan.activation_bytes(args, plan.Sizes.read(tmp_path, "--model"), 4, False, rows=3, length=40)
     if checkpointing:  # autograd keeps the inputs; the plan adds the one layer that backward computes anew

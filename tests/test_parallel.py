@@ -1,6 +1,7 @@
 """Several ranks (torchrun, FSDP2, gloo on this CPU) against one process: the same weights, however the work is split; and
 a killed run that goes on, on any number of ranks."""
 
+import contextlib
 import json
 import os
 import re
@@ -51,6 +52,15 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def interrupted(monkeypatch, at: int):
+    """Within, a run ends by Ctrl-C as it logs this step, and must."""
+    log = run_folder.Run.log
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.Run, "log", lambda run, step, *rest: log(run, step, *rest) if step != at else stop())
+        yield
+
+
 def difference(a, b) -> float:
     """Largest over the tensors of |a - b| / |a|."""
     a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
@@ -87,11 +97,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole = run_script(script, **args)
     assert len({row["charts/learning_rate"] for row in whole.metrics if row["step"]}) == (4 if schedule else 1)
     args |= {"out": str(tmp_path / "stopped"), "save_every": 2}
-    log = run_folder.Run.log
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Run, "log", lambda run, step, *rest: log(run, step, *rest) if step != 4 else stop())
-        with pytest.raises(KeyboardInterrupt):
-            run_script(script, **args)
+    with interrupted(monkeypatch, at=4):
+        run_script(script, **args)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step_000002"]
     with pytest.raises(UsageError, match="holds an unfinished run .step_000002.*--resume"):
         run_script(script, **args)

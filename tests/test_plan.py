@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import tyro
-from conftest import ROOT, SCRIPTS, planned_and_used, random_model
+from conftest import ROOT, SCRIPTS, planned_and_used, random_model, saved_activations
 from transformers import LlamaConfig, Qwen3Config
 
 import opd
@@ -65,15 +65,7 @@ def check(arguments):
 def test_counted_activations_are_those_that_autograd_saves(arch, tied, tmp_path):
     model = random_model(arch, tied, num_hidden_layers=5).requires_grad_()
     model.save_pretrained(tmp_path)
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros((3, 40), dtype=torch.long), use_cache=False)
-    saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    saved = saved_activations(model)
     counted = plan.activation_bytes(args(), plan.Sizes.read(tmp_path, "--student"), 4, False, rows=3, length=40)
     assert counted == pytest.approx(saved, rel=0.1)
 
