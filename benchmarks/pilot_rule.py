@@ -1,9 +1,9 @@
 # docs/pilot.md
-"""Is the pilot's recommendation right? For every budget and seed of finished `--labels` studies, and of two smaller ones
+"""Is the pilot's recommendation right? For every budget and seed of the recorded `--labels` studies, and of two smaller ones
 with other students made here, the pilot is run on that world and those labels, and its rules are held against what the
 study found: does `bridge` or `long_grpo`, with the same labels and FLOPs, answer more of the test problems?
 
-    python benchmarks/pilot_rule.py --studies runs/arithmetic_labels runs/swaps_labels
+    python benchmarks/pilot_rule.py
 
 Run again, it goes on where it was stopped, as bridge.py does.
 """
@@ -13,6 +13,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bridge  # noqa: E402
-from infra import cli, dataset, pilot, report, stages, worlds  # noqa: E402
-from infra.bootstrap import bootstrap_ci95  # noqa: E402
+from infra import cli, dataset, pilot, stages, worlds  # noqa: E402
 from infra.cli import require  # noqa: E402
 
 RULES = ("probe", "cheap", "always the bridge")
@@ -30,10 +30,10 @@ ARMS = ("bridge", "long_grpo")
 
 @dataclass
 class Args:
-    studies: tuple[str, ...] = ()
-    """output folders of bridge.py --labels on the embedded worlds, finished, with the arms bridge and long_grpo"""
+    worlds: tuple[Literal["arithmetic", "swaps"], ...] = ("arithmetic", "swaps")
+    """those whose study is asked, by its report benchmarks/results/WORLD_labels.json"""
     out: str = "runs/pilot_rule"
-    """folder of the pilots, of the studies made here, of pilot_rule.json and pilot_rule.md"""
+    """folder of the worlds, of the pilots, of the studies made here, of pilot_rule.json and pilot_rule.md"""
     skills: tuple[float, ...] = (0.6, 0.9)
     """for each a study of the arithmetic world with such a student (toy.py --student-skill)"""
     labels: tuple[int, ...] = (64, 256)
@@ -47,44 +47,46 @@ class Args:
     pilot_steps: int = 10
     """as bridge.py's"""
     toy_flags: str = ""
-    """more flags for toy.py where studies are made"""
+    """more flags for toy.py"""
     bridge_flags: str = ""
-    """more flags for bridge.py there"""
+    """more flags for bridge.py where studies are made"""
     jobs: int | None = None
     """stages at work at once; none: one per CPU and at most 4"""
 
 
-def small_study(args: Args, skill: float) -> Path:
+def recorded_study(args: Args, world: str) -> tuple[dict, Path]:
+    """The report of a study that this project has run, and a folder with its world, which is made again."""
+    path, out = ROOT / f"benchmarks/results/{world}_labels.json", Path(args.out, world)
+    require(path.exists(), f"--worlds {world}: {path} is not there; its study has not been run")
+    command = f"toy.py --world {world} --out {shlex.quote(str(out))}/world --seed 1 {args.toy_flags}"
+    stages.execute(out / "world", "toy.json", lambda: command, 1, None)
+    return json.loads(path.read_text(encoding="utf-8")), out
+
+
+def small_study(args: Args, skill: float) -> tuple[dict, Path]:
     """Make, or go on with, the study of a student of that skill."""
     out, toy_flags = Path(args.out, f"skill{skill:g}"), f"{args.toy_flags} --student-skill {skill:g}"
     jobs = f" --jobs {args.jobs}" if args.jobs else ""
     stages.call(f"bridge.py --arms {' '.join(ARMS)} --labels {' '.join(map(str, args.labels))} --seeds {args.seeds} "
                 f"--out {shlex.quote(str(out))} --toy-flags={shlex.quote(toy_flags)}{jobs} {args.bridge_flags}")  # fmt: skip
-    return out
+    return json.loads((out / "report.json").read_text(encoding="utf-8")), out
 
 
-def points(args: Args, study: Path) -> list[dict]:
-    """A row for each budget and seed of a study: what won in it, and what the pilot would have said."""
-    require((study / "report.json").exists(), f"--studies {study}: no report.json there; run bridge.py --labels to its end")
-    record = json.loads((study / "report.json").read_text(encoding="utf-8"))
+def points(args: Args, record: dict, study: Path) -> list[dict]:
+    """A row for each budget and seed of a study: what won at that budget, by all seeds, and what this seed's pilot says."""
     world = json.loads((study / "world/toy.json").read_text(encoding="utf-8"))["args"]
-    found = record.get("frontier", {})
-    require(found and all(set(ARMS) <= row.keys() for row in found.values()),
-            f"--studies {study}: needs --labels with the arms {' and '.join(ARMS)}")  # fmt: skip
-    labeled, rows = dataset.load_problems(f"{study}/world/train.jsonl", "--studies", need_answers=True), []
-    for budget in map(int, found):
+    labeled, rows = dataset.load_problems(f"{study}/world/train.jsonl", "--worlds", need_answers=True), []
+    options = {name: value for name, value in vars(args).items() if name.startswith("pilot_")}
+    for budget, arms in record["frontier"].items():
+        truth = pilot.recommend(record["frontier_differences"][budget]["long_grpo < bridge"]["ci95"])
+        probed = min(args.pilot_problems, int(budget) // 2)  # budgets are nested: those that probe as many probe the same
         for place, seed in enumerate(record["seeds"]):
-            options = {name: value for name, value in vars(args).items() if name.startswith("pilot_")}
-            settings = bridge.Args(out=str(study), world=world["world"], labels=(budget,), jobs=args.jobs, **options)
+            settings = bridge.Args(out=str(study), world=world["world"], labels=(int(budget),), jobs=args.jobs, **options)
             worlds.fill_in(settings)
-            folder = Path(args.out, "pilots", study.name, f"labels{budget}", f"seed{seed}")
-            rules = pilot.run(settings, labeled[:budget], folder, seed)["rules"] | {"always the bridge": pilot.TEACHER}
-            bridge_, direct = (
-                report.scores([study / f"labels{budget}/seed{seed}" / arm], record["benchmark"]) for arm in ARMS
-            )
-            truth = pilot.recommend(bootstrap_ci95(bridge_ - direct))  # the two are close: not resolved on the test problems
-            accuracy = {arm: found[str(budget)][arm]["by_seed"][place] for arm in ARMS}
-            point = {"world": world["world"], "skill": world["student_skill"], "labels": budget, "seed": seed}
+            folder = study / f"pilots/{probed}/seed{seed}"
+            rules = pilot.run(settings, labeled[: int(budget)], folder, seed)["rules"] | {"always the bridge": pilot.TEACHER}
+            accuracy = {arm: arms[arm]["by_seed"][place] for arm in ARMS}
+            point = {"world": world["world"], "skill": world["student_skill"], "labels": int(budget), "seed": seed}
             rows.append(point | accuracy | {"truth": truth, "rules": rules})
     return rows
 
@@ -128,11 +130,9 @@ def markdown(rows: list[dict]) -> str:
 
 def main(args: Args) -> None:
     cli.require_positive(args, "seeds pilot_problems pilot_steps jobs")
-    require(args.studies or args.skills, "--studies and --skills: nothing to try the rule on; give one of them")
-    names = [Path(study).name for study in args.studies]
-    require(len(set(names)) == len(names), f"--studies {' '.join(args.studies)}: two would share a folder; rename one")
-    studies = [*map(Path, args.studies), *(small_study(args, skill) for skill in args.skills)]
-    rows = [row for study in studies for row in points(args, study)]
+    require(args.worlds or args.skills, "--worlds and --skills: nothing to try the rule on; give one of them")
+    studies = [*(recorded_study(args, world) for world in args.worlds), *(small_study(args, skill) for skill in args.skills)]
+    rows = [row for record, study in studies for row in points(args, record, study)]
     text, record = markdown(rows), {"points": rows, "totals": totals(rows)}
     Path(args.out, "pilot_rule.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Path(args.out, "pilot_rule.md").write_text(f"# The pilot's rules against the studies\n\n{text}\n", encoding="utf-8")

@@ -296,33 +296,39 @@ def test_hits_misses_and_regret_are_counted_by_rule():
     assert "| always the bridge | 1 | 1 | 1 | 0.0667 |" in text
 
 
-def test_every_budget_and_seed_of_a_study_is_asked_about(tmp_path, fake):
-    study, right = tmp_path / "study", {"bridge": 80, "long_grpo": 30}
+def test_every_budget_and_seed_of_a_study_is_asked_about(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(pilot_rule, "ROOT", tmp_path)
+    study, reports = tmp_path / "rule/swaps", tmp_path / "benchmarks/results"
+    args = pilot_rule.Args(worlds=("swaps",), out=str(tmp_path / "rule"), skills=(), pilot_problems=10, jobs=1)
+    with pytest.raises(UsageError, match="--worlds swaps: .*swaps_labels.json is not there; its study has not been run"):
+        pilot_rule.main(args)
     (study / "world").mkdir(parents=True)
-    (study / "world/toy.json").write_text(json.dumps({"args": {"world": "swaps", "student_skill": 0.6}}))
+    command = shlex.join(["python", "toy.py", "--world", "swaps", "--out", f"{study}/world", "--seed", "1"])
+    (study / "world/toy.json").write_text(
+        json.dumps({"args": {"world": "swaps", "student_skill": 0.6}, "command": command, "finished": True})
+    )
     write_jsonl(study / "world/train.jsonl", [{"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(50)])
-    frontier = {str(n): {arm: {"by_seed": [count / 100] * 2} for arm, count in right.items()} for n in (8, 32)}
-    (study / "report.json").write_text(json.dumps({"benchmark": "test", "seeds": [1, 2], "frontier": frontier}))
-    for folder in (study / f"labels{n}/seed{seed}/eval/{arm}/test" for n in (8, 32) for seed in (1, 2) for arm in right):
-        folder.mkdir(parents=True)
-        rows = [{"problem": f"{i}", "reward": float(i < right[folder.parent.name])} for i in range(100)]
-        write_jsonl(folder / "generations.jsonl", rows)
-    args = pilot_rule.Args(studies=(str(study),), out=str(tmp_path / "rule"), skills=(), pilot_problems=10, jobs=1)
+    budgets, right = ("8", "20", "32"), {"bridge": [0.8, 0.7], "long_grpo": [0.3, 0.4]}
+    reports.mkdir(parents=True)
+    truth = {n: {"long_grpo < bridge": {"ci95": [-0.1 if n == "32" else 0.2, 0.5]}} for n in budgets}
+    frontier = {n: {arm: {"by_seed": values} for arm, values in right.items()} for n in budgets}
+    report = {"seeds": [1, 2], "frontier": frontier, "frontier_differences": truth}
+    (reports / "swaps_labels.json").write_text(json.dumps(report))
+
     pilot_rule.main(args)
     rows = json.loads((tmp_path / "rule/pilot_rule.json").read_text())["points"]
-    assert [(row["labels"], row["seed"]) for row in rows] == [(8, 1), (8, 2), (32, 1), (32, 2)]
-    assert all(row["truth"] == row["rules"]["probe"] == pilot.TEACHER and row["world"] == "swaps" for row in rows)
+    assert [(row["labels"], row["seed"]) for row in rows] == [(8, 1), (8, 2), (20, 1), (20, 2), (32, 1), (32, 2)]
+    assert [row["truth"] for row in rows] == [pilot.TEACHER] * 4 + [pilot.CLOSE] * 2
+    assert all(row["rules"]["probe"] == pilot.TEACHER and row["world"] == "swaps" for row in rows)
+    assert [row["bridge"] for row in rows] == [0.8, 0.7] * 3
     asked = {Path(flag(c, "--train-data")).parent: c for c in fake.commands if c[0] == "opd.py"}
     counts = [len(dataset.load_problems(str(folder / "probe.jsonl"), "--x", True)) for folder in asked]
-    assert counts == [4, 4, 10, 10], "half the budget, at most --pilot-problems"
+    assert counts == [4, 4, 10, 10], "half the budget, at most --pilot-problems; 20 and 32 labels share their pilots"
     assert [flag(c, "--seed") for c in asked.values()] == ["1", "2", "1", "2"]
     assert {flag(c, "--student") for c in asked.values()} == {f"{study}/world/student_base"}
     fake.commands.clear()
     pilot_rule.main(args)
     assert fake.commands == []
-    (study / "report.json").write_text(json.dumps({"benchmark": "test", "seeds": [1]}))
-    with pytest.raises(UsageError, match="needs --labels with the arms bridge and long_grpo"):
-        pilot_rule.main(args)
 
 
 # ------------------------------------------------------------------------------------------------------------- for real
@@ -334,12 +340,12 @@ def test_a_pilot_of_a_tiny_world_and_its_study(tmp_path):
              "warmup": "--max-steps 1 --rollouts-per-step 16 --eval-every 0", "opd": "--max-steps 1 --eval-every 0",
              "eval": "--samples 1"}  # fmt: skip
     flags = shlex.join(f"--{name}-flags={text}" for name, text in short.items())
-    command = [sys.executable, "benchmarks/pilot_rule.py", "--out", str(tmp_path), "--skills", "0.6", "--labels", "16"]
+    command = [sys.executable, "benchmarks/pilot_rule.py", "--out", str(tmp_path), "--worlds", "--skills", "0.6"]
     command += [f"--toy-flags={sizes} --teacher-steps 20 --student-steps 20", f"--bridge-flags={flags}"]
-    command += ["--pilot-steps", "1"]
+    command += ["--labels", "16", "--pilot-steps", "1"]
     first = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    record = json.loads((tmp_path / "pilots/skill0.6/labels16/seed1/pilot.json").read_text())
+    record = json.loads((tmp_path / "skill0.6/pilots/8/seed1/pilot.json").read_text())
     assert (record["problems"], record["labels_used"], record["samples"]) == (8, 16, 16)
     probes = record["probe"].values()
     assert all(row["labels_used"] == 8 and row["flops"] > 0 for row in probes)
