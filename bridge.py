@@ -197,29 +197,35 @@ def main(args: Args) -> None:
         spec = args.unlabeled_data or f"{out}/world/unlabeled.jsonl"
         prompts = dataset.load_problems(spec, "--unlabeled-data", need_answers=False, answers=False)
         data["prompts"] = dataset.write_problems(out / "data/unlabeled.jsonl", prompts, f"--unlabeled-data {spec}")
-    labeled = dataset.load_problems(train, "--train-data", need_answers=True)
+    labeled, *others = (dataset.load_problems(path, "--train-data", need_answers=True) for path in (train, heldout))
+    for spec in map(dataset.benchmark_spec, args.benchmarks):  # now, not behind days of training
+        measured = dataset.load_problems(spec, "--benchmarks", need_answers=False)
+        dataset.warn_of_overlap([*labeled, *others[0], *(prompts if unlabeled else [])], measured)
     budgets = {None: data}
     if args.labels:
         require(args.labels[-1] <= len(labeled), f"--labels {args.labels[-1]}: {train} has only {len(labeled)} problems")
         files = {n: out / f"data/labels{n}.jsonl" for n in args.labels}
         files = {n: dataset.write_problems(path, labeled[:n], train) for n, path in files.items()}
-        budgets = {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
+        budgets |= {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
     if args.pilot:
         pilot.run(args, labeled[: args.labels[0]] if args.labels else labeled, out / "pilot", args.seed)
         return
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
 
+    def its_own(stage, budget):  # None where one run serves all budgets
+        return budget if stage in STAGES and depends_on_budget(stage, unlabeled) else None
+
     def at(stage, seed, budget):
-        budgeted = budget is not None and stage in STAGES and depends_on_budget(stage, unlabeled)
-        return (out / f"labels{budget}" if budgeted else out) / f"seed{seed}" / stage
+        n = its_own(stage, budget)
+        return (out / f"labels{n}" if n else out) / f"seed{seed}" / stage
 
     # ---- the stages that the arms need
     wanted = {stage for arm in arms for stage in ARMS[arm]}
     for stage in reversed(STAGES):
         wanted |= set(before(stage)) if stage in wanted else set()
     wanted = [stage for stage in STAGES if stage in wanted]
-    runs = list(dict.fromkeys((at(s, seed, b), s, seed, b) for s in wanted for b in budgets for seed in seeds))
-    runs = list({folder: (folder, *rest) for folder, *rest in reversed(runs)}.values())[::-1]
+    asked = args.labels or (None,)
+    runs = dict.fromkeys((at(s, seed, n), s, seed, its_own(s, n)) for s in wanted for n in asked for seed in seeds)
 
     # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
     dense = any(STAGES[stage][0] != "grpo.py" for stage in wanted)
@@ -246,7 +252,7 @@ def main(args: Args) -> None:
         run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, args.nproc, log)
         tasks[results] = [folder] if folder in tasks else [], run
     stages.run_all(tasks, jobs)
-    report.write(out, at, list(budgets), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
+    report.write(out, at, list(asked), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
 
 
 if __name__ == "__main__":

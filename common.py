@@ -200,10 +200,12 @@ def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[fl
     return parallel.on_rank_zero(grader.grade, texts, references(grader, problems))
 
 
-def load_eval(args, tokenizer, need_answers: bool):
-    """(problems of --eval-data, their prompts); two empty lists without --eval-every."""
+def load_eval(args, tokenizer, trained: list, need_answers: bool):
+    """(problems of --eval-data, their prompts); two empty lists without --eval-every. `trained`: those of --train-data, of
+    which none should be among them."""
     columns = dataset.columns(args)
     problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers, **columns) if args.eval_every else []
+    dataset.warn_of_overlap(trained, problems)
     return problems, render_all(tokenizer, problems, args.instruction, args.thinking, policy_flag(args))
 
 

@@ -28,13 +28,6 @@ from infra.prompts import INSTRUCTION, render_all
 from infra.reward import make_grader, references, report_ungradable
 from infra.samples_page import token_texts
 
-HUB = {
-    "math500": "HuggingFaceH4/MATH-500:default:test",
-    "aime24": "HuggingFaceH4/aime_2024:default:train",
-    "aime25": "math-ai/aime25:default:test",
-    "gsm8k": "openai/gsm8k:main:test",
-}
-
 
 @dataclass
 class Args:
@@ -200,7 +193,7 @@ def main(args: Args) -> None:
         0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0,
         "--temperature must be >= 0 and finite, --top-p in (0, 1], --top-k >= 0",
     )
-    specs = dict(zip(names, [HUB.get(benchmark, benchmark) for benchmark in args.benchmarks], strict=True))
+    specs = dict(zip(names, map(dataset.benchmark_spec, args.benchmarks), strict=True))
     labeled = make_grader(args.grader).uses_labels
     whole = {name: dataset.load_problems(spec, "--benchmarks", need_answers=labeled) for name, spec in specs.items()}
     problems = {name: some[: args.limit] for name, some in whole.items()}

@@ -87,7 +87,7 @@ def main(args: Args) -> None:
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
-    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
+    eval_set = common.load_eval(args, tokenizer, problems, grader.uses_labels)
     rollouts = load_rollouts(args, problems, vocabulary_size(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
     require(

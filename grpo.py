@@ -108,7 +108,7 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(args.model, "--model")
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     preflight.warn_of_base("--model", args.model, tokenizer, args.thinking, prompts)
-    eval_set = common.load_eval(args, tokenizer, labeled)
+    eval_set = common.load_eval(args, tokenizer, problems, labeled)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer

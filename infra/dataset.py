@@ -18,6 +18,12 @@ from infra.rows import READERS, load_rows, numbered_rows
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")  # the first that there is
 ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")  # the first with something in it, row by row
+BENCHMARKS = {
+    "math500": "HuggingFaceH4/MATH-500:default:test",
+    "aime24": "HuggingFaceH4/aime_2024:default:train",
+    "aime25": "math-ai/aime25:default:test",
+    "gsm8k": "openai/gsm8k:main:test",
+}
 CONFLICTING = "duplicates with another answer than an earlier row's, which counts"
 
 
@@ -108,6 +114,15 @@ def load_problems(
     return problems
 
 
+def warn_of_overlap(trained: list[Problem], measured: list[Problem]) -> None:
+    """Say how many problems that something is measured on are trained on as well, whatever messages come before them."""
+    texts = {problem.text: problem for problem in trained}
+    both = [problem for problem in measured if problem.text in texts]
+    if both:
+        first = f"{both[0].where}, is {texts[both[0].text].where}"
+        print(f"warning: {len(both)} of {len(measured)} problems to measure are among those to train on (first: {first})")
+
+
 def report_ungradable(problems: list[Problem], gradable: list[bool]) -> None:
     """Say how many reference answers the grader cannot read, by its verdict on each: no response is ever right there."""
     bad = [problem for problem, fine in zip(problems, gradable, strict=True) if not fine]
@@ -180,6 +195,11 @@ def split_labels(spec: str, flag: str, folder: str | Path) -> tuple[str, str]:
     cut = len(problems) * 4 // 5
     parts = {"train": problems[:cut], "heldout": problems[cut:]}
     return tuple(write_problems(Path(folder, f"{name}.jsonl"), part, f"{flag} {spec}") for name, part in parts.items())
+
+
+def benchmark_spec(benchmark: str) -> str:
+    """Where the problems of one of the BENCHMARKS lie; any data file or hub dataset is its own."""
+    return BENCHMARKS.get(benchmark, benchmark)
 
 
 def benchmark_name(spec: str) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from infra.bootstrap import bootstrap_ci95, drawn, verdict
+from infra.bootstrap import bootstrap_ci95, drawn_means, verdict
 
-PAIRS = ("direct_grpo < bridge", "long_grpo < bridge", "bridge_own_prompts < bridge", "raw_teacher < bridge")
+PAIRS = ("direct_grpo < bridge", "long_grpo < bridge", "bridge_own_prompts < bridge", "raw_teacher < bridge",
+         "long_grpo < bridge_own_prompts", "teacher_rl < bridge")  # fmt: skip
 REFERENCES = ("direct_grpo", "long_grpo")  # whose accuracy the bridge is asked to reach with fewer labels
-RESAMPLES = 4000
+DRAWS = 4000
 
 
 def frontier(values: dict[int, dict[str, np.ndarray]], costs: dict[int, dict[str, dict]]) -> dict:
@@ -41,24 +42,28 @@ def frontier(values: dict[int, dict[str, np.ndarray]], costs: dict[int, dict[str
 
 
 def label_efficiency(values: dict[int, dict[str, np.ndarray]], reference: str) -> dict[int, dict]:
-    """{budget N: by which factor the bridge needs fewer labels than N for the accuracy of `reference` at N}.
+    """{budget N: by which factor the bridge needs fewer labels for the accuracy of `reference` at N}.
 
-    `factor` is N / n, where the bridge's accuracy, in straight lines over log n and made rising from left to right, is that
-    of the reference; None where that is "outside": "below" the smallest budget (the factor is at least N / smallest) or
-    "above" the largest. `ci95` are percentiles over RESAMPLES draws of seeds and of problems, those outside at the ends of
-    the range, so an end of the interval may be a bound as well."""
+    `factor` is the labels at which the reference reaches that accuracy (fewer than N where its curve is flat) over those at
+    which the bridge does, both curves in straight lines over the logarithm of the labels and made rising from left to
+    right; None where it is "outside", "below" what the bridge has at the smallest budget or "above" what it has at any.
+    `ci95` are percentiles over DRAWS draws of seeds and of problems. A draw outside counts as the end of the range, so an
+    end of the interval may be a bound as well."""
     budgets = np.array(list(values), dtype=float)
     bridge, direct = (np.stack([values[n][arm] for n in values]) for arm in ("bridge", reference))  # (N, S, P)
-    seeds, problems = (drawn(count, RESAMPLES, axis) for axis, count in enumerate(bridge.shape[1:]))  # (R, S), (R, P)
-    draws = [np.einsum("rs,nsp,rp->rn", seeds, one, problems, optimize=True) / one[0].size for one in (bridge, direct)]
-    found = {}
+
+    def needed(accuracy, targets):
+        return np.clip([labels_needed(budgets, accuracy, target) for target in targets], budgets[0], budgets[-1])
+
+    draws = zip(drawn_means(bridge, DRAWS), drawn_means(direct, DRAWS), strict=True)
+    sampled = np.array([needed(other, other) / needed(own, other) for own, other in draws])  # (DRAWS, N)
+    own, other = bridge.mean((1, 2)), direct.mean((1, 2))
+    factors, found = needed(other, other) / needed(own, other), {}
     for k, n in enumerate(values):
-        needed = labels_needed(budgets, bridge.mean((1, 2)), direct[k].mean())
-        sampled = [labels_needed(budgets, curve, target) for curve, target in zip(draws[0], draws[1][:, k], strict=True)]
-        factors = n / np.clip(sampled, budgets[0], budgets[-1])
-        outside = "below" if needed < budgets[0] else "above" if needed > budgets[-1] else None
-        ci95 = [float(x) for x in np.percentile(factors, [2.5, 97.5])]
-        found[n] = {"factor": None if outside else float(n / needed), "ci95": ci95, "outside": outside}
+        reached = labels_needed(budgets, own, other[k])
+        outside = "below" if reached < budgets[0] else "above" if reached > budgets[-1] else None
+        ci95 = [float(x) for x in np.percentile(sampled[:, k], [2.5, 97.5])]
+        found[n] = {"factor": None if outside else float(factors[k]), "ci95": ci95, "outside": outside}
     return found
 
 
@@ -91,20 +96,20 @@ def markdown(record: dict) -> str:
         lines.append(f"| {budget} | {' | '.join(cells)} |")
     references = record["label_efficiency"]
     if references:
-        lines += ["", f"| labels of the reference | {' | '.join(f'fewer labels than {arm}' for arm in references)} |"]
+        lines += ["", f"| accuracy with | {' | '.join(f'fewer labels than {arm}' for arm in references)} |"]
         lines.append("|---" * (len(references) + 1) + "|")
     for budget in record["frontier"] if references else ():
-        cells = [efficiency_cell(float(budget), row[budget], record["frontier"]) for row in references.values()]
-        lines.append(f"| {budget} | {' | '.join(cells)} |")
+        cells = [efficiency_cell(row[budget]) for row in references.values()]
+        lines.append(f"| {budget} labels | {' | '.join(cells)} |")
+    if more := [arm for arm in record["arms"] if arm not in arms]:
+        lines += ["", f"Not among them, as they use held-out labels besides: {', '.join(more)}."]
     return "\n".join(lines)
 
 
-def efficiency_cell(budget: float, row: dict, budgets) -> str:
+def efficiency_cell(row: dict) -> str:
     low, high = row["ci95"]
-    if row["outside"] == "below":
-        return f"outside the range: more than {budget / float(min(budgets, key=float)):.1f} x"
-    if row["outside"] == "above":
-        return "outside the range: not reached"
+    if row["outside"]:
+        return f"outside the range: {f'more than {low:.1f}' if row['outside'] == 'below' else f'less than {high:.1f}'} x"
     return f"{row['factor']:.1f} x [{low:.1f}, {high:.1f}]"
 
 

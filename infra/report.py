@@ -2,9 +2,8 @@
 """What bridge.py reports: accuracy by arm over seeds and problems, what each arm has cost, the paper's comparisons with
 their verdicts, and three plots. Everything is read from the stages' folders, so it can be written again at any time.
 
-A difference is paired: the same problems, and the same seeds where stages are shared. Its interval comes from a bootstrap
-that draws seeds and problems independently of each other, with replacement; a verdict needs the whole interval on one
-side of 0. With three seeds that is a cautious one: one draw in nine has the same seed three times.
+A difference is paired: the same problems, and the same seeds where stages are shared. Its interval is over both, the
+problems by a bootstrap and the few seeds by Student's t; a verdict needs the whole interval on one side of 0.
 
     python -m infra.report --runs runs/arithmetic runs/swaps
 """
@@ -93,8 +92,8 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int], arms: dict, stages: list[str]) -> None:
-    """Write report.json, report.md and report.png into `out`. at(stage, seed, budget): a stage's folder; arms: {arm: the
-    stages it rests on, its own last}. The arms are those of the largest of the label `budgets`, or of the only one, None."""
+    """Write report.json, report.md, report.png and scores.npz into `out`. at(stage, seed, budget): a stage's folder; arms:
+    {arm: the stages it rests on, its own last}, those of the largest of the label `budgets`, or of the only one, None."""
     last = {arm: (used or [arm])[-1] for arm, used in arms.items()}  # the stage an arm stands for
     units = {"teacher_base": [], "base": []} | {stage: [stage] for stage in stages}
 
@@ -105,6 +104,7 @@ def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int],
         return cost([[at(stage, seed, budget) for stage in used] for seed in seeds])
 
     values = {b: {name: scores_of(name, b, budgets[-1]) for name in units} for b in benchmarks}
+    kept = {f"{benchmark}/{name}": one for benchmark, row in values.items() for name, one in row.items()}
     figures = {name: {benchmark: measured(values[benchmark][name]) for benchmark in benchmarks} for name in units}
 
     def row(name: str, used: list[str]) -> dict:
@@ -122,9 +122,13 @@ def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int],
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
     if budgets != [None]:
-        by_budget = {n: {arm: scores_of(stage, benchmarks[0], n) for arm, stage in last.items()} for n in budgets}
-        costs = {n: {arm: cost_of(used, n) for arm, used in arms.items()} for n in budgets}
+        shown_at = ({"teacher_rl": ["teacher_rl"]} if "teacher_rl" in stages else {}) | arms
+        costs = {n: {arm: cost_of(used, n) for arm, used in shown_at.items()} for n in budgets}
+        within = [arm for arm in shown_at if all(costs[n][arm]["labels_used"] <= n for n in budgets)]  # no held-out ones
+        by_budget = {n: {arm: scores_of(last.get(arm, arm), benchmarks[0], n) for arm in within} for n in budgets}
         record |= frontier.frontier(by_budget, costs)
+        kept |= {f"{benchmarks[0]}/labels{n}/{arm}": one for n, row in by_budget.items() for arm, one in row.items()}
+    np.savez_compressed(out / "scores.npz", **kept)
     write_aside(out / "report.json", json.dumps(record, indent=2))
     text, plots = markdown(record), "![](frontier.png)\n" if "frontier" in record else ""
     page = f"# {out.name}: accuracy on {record['benchmark']}\n\n{text}\n\n![](report.png)\n{plots}"
@@ -235,7 +239,7 @@ def put(page: Path, block: str, text: str) -> bool:
 
 def main(args: Args) -> None:
     """Put the reports of finished runs where the project shows them: tables into docs/results.md, a small one into README.md
-    for the world that has a place there, plots into docs/, the figures themselves into benchmarks/results/."""
+    for the world that has a place there, plots into docs/, figures and the scores behind them into benchmarks/results/."""
     root = Path(__file__).parent.parent
     for run in map(Path, args.runs):
         require((run / "report.json").exists(), f"--runs {run}: no report.json there; give an output folder of bridge.py")
@@ -246,6 +250,7 @@ def main(args: Args) -> None:
         )
         put(root / "README.md", f"summary {run.name}", summary(record))
         shutil.copy(run / ("frontier.png" if "frontier" in record else "report.png"), root / f"docs/{run.name}.png")
+        shutil.copy(run / "scores.npz", root / f"benchmarks/results/{run.name}.npz")
         write_aside(root / f"benchmarks/results/{run.name}.json", json.dumps(record, indent=1) + "\n")
         print(f"docs/results.md, docs/{run.name}.png and benchmarks/results/{run.name}.json now show {run}")
 

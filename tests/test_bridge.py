@@ -23,7 +23,7 @@ import grpo
 import opd
 import toy
 from infra import dataset, report, stages, worlds
-from infra.bootstrap import bootstrap_ci95, verdict
+from infra.bootstrap import bootstrap_ci95, drawn_means, verdict
 from infra.cli import UsageError
 from infra.digest import digest_of
 
@@ -139,12 +139,15 @@ def problems(tmp_path):
 
 def real(tmp_path, problems, **changes):
     """Arguments as for real models, on local names."""
+    benchmark = tmp_path / "b.jsonl"
+    if not benchmark.exists():
+        write_jsonl(benchmark, [{"problem": "1*2?", "answer": "2"}])
     args = {
         "out": str(tmp_path / "run"),
         "teacher": "big",
         "student": "small",
         "train_data": problems,
-        "benchmarks": ("b.jsonl",),
+        "benchmarks": (str(benchmark),),
     }
     return bridge.Args(**(args | changes))
 
@@ -466,7 +469,8 @@ def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- report
 def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
-    bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=("b.jsonl", "org/set:c:test")))
+    benchmarks = [write_jsonl(tmp_path / f"{name}.jsonl", [{"problem": "1*2?"}]) for name in ("b", "other")]
+    bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=tuple(benchmarks)))
     record = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(record) == {"benchmark", "arms", "stages", "seeds", "comparisons"} and record["benchmark"] == "b"
     assert list(record["arms"]) == [arm for arm in bridge.ARMS if arm != "bridge_own_prompts"]
@@ -481,7 +485,7 @@ def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
         assert row["accuracy"] == pytest.approx(ACCURACY[arm]) and row["labels_used"] == labels[arm]
         low, high = row["ci95"]
         assert low <= ACCURACY[arm] <= high and row["se"] is None and row["by_seed"] == pytest.approx([ACCURACY[arm]])
-        assert set(row["benchmarks"]) == {"b", "org_set_c_test"}
+        assert set(row["benchmarks"]) == {"b", "other"}
     assert set(record["stages"]) == set(ACCURACY) - {"own_prompts_warmup", "bridge_own_prompts"}
     assert record["stages"]["bridge"]["labels_used"] == 0 and record["stages"]["teacher_rl"]["labels_used"] == 40
     cost = {key: record["arms"]["bridge_grpo"][key] for key in ("rl_updates", "dense_updates", "sampled_tokens", "flops")}
@@ -511,18 +515,34 @@ def test_a_verdict_needs_the_whole_interval_on_one_side():
         "holds", "reversed", "not resolved", "not resolved", "not resolved"]  # fmt: skip
 
 
-def test_the_bootstrap_draws_seeds_and_problems():
-    """Against the variances that two-way resampling has in theory: seeds' + problems' of the mean."""
+def test_an_interval_is_over_seeds_and_problems():
+    """Against the variances that the two have in theory: seeds' + problems' of the mean."""
     rng = np.random.default_rng(0)
     seeds, problems = rng.normal(0, 1, (40, 1)), rng.normal(0, 3, (1, 300))
     low, high = bootstrap_ci95(seeds + problems)
-    expected = 2 * 1.96 * (seeds.var() / 40 + problems.var() / 300) ** 0.5
+    expected = 2 * 1.98 * (seeds.var(ddof=1) / 40 + problems.var() / 300) ** 0.5
     assert high - low == pytest.approx(expected, rel=0.05) and low < (seeds + problems).mean() < high
     one = rng.normal(0, 1, (1, 300))
     low, high = bootstrap_ci95(one)
     assert high - low == pytest.approx(2 * 1.96 * (one.var() / 300) ** 0.5, rel=0.05), "one seed: problems alone"
-    low, high = bootstrap_ci95(np.repeat([[0.1], [0.2], [0.3]], 50, axis=1))
-    assert (low, high) == pytest.approx((0.1, 0.3)), "three seeds: all three alike in one draw of nine"
+    assert bootstrap_ci95(np.repeat([[0.0], [1.0], [0.5]], 50, axis=1)) == [0, 1], "never beyond what there is"
+
+
+def test_few_seeds_count_by_students_t():
+    """Problems that are all alike leave the seeds alone: t of two degrees of freedom has 95 % within 4.303."""
+    values = np.repeat([[0.40], [0.42], [0.46]], 50, axis=1) + np.eye(3, 50) * 1e-9
+    low, high = np.percentile(drawn_means(values), [2.5, 97.5])
+    half = 4.303 * np.std([0.40, 0.42, 0.46], ddof=1) / 3**0.5
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+def test_an_interval_of_three_seeds_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(1), []
+    for _ in range(200):  # what a study looks like: seeds apart by 0.03, answers right or wrong
+        values = rng.random((3, 128)) < 0.5 + rng.normal(0, 0.03, (3, 1)) + rng.normal(0, 0.1, (1, 128))
+        low, high = bootstrap_ci95(values * 1.0)
+        covered.append(low <= 0.5 <= high)
+    assert np.mean(covered) >= 0.93
 
 
 def test_a_difference_is_paired_by_problem(tmp_path, fake, problems):

@@ -343,7 +343,7 @@ def test_architecture_names_every_module():
 def test_bridge_names_its_stages_arms_and_benchmarks():
     assert documented("docs/bridge.md", "stage") == dict_keys(nodes("bridge.py"), "STAGES")
     assert documented("docs/bridge.md", "arm") == dict_keys(nodes("bridge.py"), "ARMS")
-    assert documented("docs/eval_math.md", "benchmark")[:-1] == dict_keys(nodes("eval_math.py"), "HUB")
+    assert documented("docs/eval_math.md", "benchmark")[:-1] == dict_keys(nodes("infra/dataset.py"), "BENCHMARKS")
 
 
 # ------------------------------------------------------------------------------------------------------- quoted code

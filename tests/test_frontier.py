@@ -48,6 +48,15 @@ def test_each_budget_has_its_labels_and_what_needs_none_runs_once(tmp_path, fake
         tyro.cli(SCRIPTS[command[0].removesuffix(".py")].Args, args=command[1:])
 
 
+def test_a_budget_may_be_added_on_either_side(tmp_path, fake, problems, unlabeled):
+    for labels in ((8,), (8, 16), (4, 8, 16)):
+        fake.commands.clear()
+        bridge.main(real(tmp_path, problems, arms=ARMS, labels=labels, unlabeled_data=unlabeled))
+        new = labels[0] if labels[0] == 4 else labels[-1]
+        rest = [folder for folder in commands(fake) if f"/labels{new}/" not in folder]
+        assert [Path(folder).name for folder in rest] == (["raw_teacher_warmup", "raw_teacher"] if labels == (8,) else [])
+
+
 def test_answers_of_the_unlabeled_prompts_reach_no_stage(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, arms=ARMS, labels=(8,), unlabeled_data=unlabeled)
     bridge.main(args)
@@ -62,15 +71,21 @@ def test_answers_of_the_unlabeled_prompts_reach_no_stage(tmp_path, fake, problem
 
 
 def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, problems, unlabeled):
-    args = real(tmp_path, problems, arms=ARMS, labels=(8, 16), unlabeled_data=unlabeled)
+    args = real(tmp_path, problems, arms=(*ARMS, "bridge_grpo", "cold_grpo"), labels=(8, 16), unlabeled_data=unlabeled)
     bridge.main(args)
     record = json.loads(Path(args.out, "report.json").read_text())
+    assert "held-out labels besides: bridge_grpo, cold_grpo." in Path(args.out, "report.md").read_text()
+    assert record["arms"]["bridge_grpo"]["labels_used"] == 16 + 10
     for n in (8, 16):
         used = {arm: row["labels_used"] for arm, row in record["frontier"][str(n)].items()}
-        assert used == {"direct_grpo": n, "long_grpo": n, "raw_teacher": 0, "bridge": n, "bridge_own_prompts": n}
+        assert used == {arm: 0 if arm == "raw_teacher" else n for arm in ("teacher_rl", *ARMS)}
         assert set(record["frontier"][str(n)]["bridge"]) == {"accuracy", "ci95", "labels_used", "flops", "by_seed"}
     assert record["label_efficiency"].keys() == {"direct_grpo", "long_grpo"}
     assert record["arms"]["bridge"]["labels_used"] == 16, "the arms are those of the largest budget"
+    with np.load(Path(args.out, "scores.npz")) as scores:
+        for n in (8, 16):
+            assert scores[f"b/labels{n}/bridge"].mean() == record["frontier"][str(n)]["bridge"]["accuracy"]
+        assert scores["b/base"].shape == (1, 100) and scores["b/base"].mean() == record["stages"]["base"]["accuracy"]
     assert (Path(args.out) / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "![](frontier.png)" in Path(args.out, "report.md").read_text()
 
@@ -97,6 +112,20 @@ def test_the_unlabeled_set_changes_no_other(tmp_path):
         toy.write_problems(toy.Args(out=str(tmp_path / f"{size}"), unlabeled_size=size))
     for name in ("train", "heldout", "dev", "test"):
         assert (tmp_path / f"8/{name}.jsonl").read_text() == (tmp_path / f"64/{name}.jsonl").read_text()
+
+
+def test_problems_to_measure_that_are_trained_on_are_said(tmp_path, fake, problems, unlabeled, capsys):
+    benchmark = write_jsonl(tmp_path / "test.jsonl", [{"problem": p} for p in ("9*9?", "7+2?", "3+1?")])
+    bridge.main(real(tmp_path, problems, arms=("base",), benchmarks=(benchmark,), unlabeled_data=unlabeled))
+    said = capsys.readouterr().out
+    assert f"warning: 2 of 3 problems to measure are among those to train on (first: --benchmarks {benchmark}, " in said
+    assert f"is --unlabeled-data {unlabeled}" in said
+
+
+def test_a_benchmark_that_is_not_there_ends_the_run_before_its_first_stage(tmp_path, fake, problems):
+    with pytest.raises(UsageError, match="--benchmarks .*missing.jsonl"):
+        bridge.main(real(tmp_path, problems, benchmarks=(str(tmp_path / "missing.jsonl"),)))
+    assert fake.commands == []
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -138,9 +167,16 @@ def test_an_accuracy_that_the_bridge_never_reaches_is_outside():
     values = curves(direct_grpo=(0.2, 0.4, 0.6, 0.8), bridge=(0.1, 0.2, 0.3, 0.7))
     found = frontier.label_efficiency(values, "direct_grpo")
     assert found[128]["outside"] == "above" and found[128]["factor"] is None
-    assert frontier.efficiency_cell(128, found[128], values) == "outside the range: not reached"
-    below = frontier.label_efficiency(curves(direct_grpo=(0.1,) * 4, bridge=(0.5,) * 4), "direct_grpo")[128]
-    assert frontier.efficiency_cell(128, below, values) == "outside the range: more than 8.0 x"
+    assert frontier.efficiency_cell(found[128]) == "outside the range: less than 1.0 x"
+    below = frontier.label_efficiency(curves(direct_grpo=(0.1, 0.2, 0.3, 0.4), bridge=(0.5,) * 4), "direct_grpo")[128]
+    assert frontier.efficiency_cell(below) == "outside the range: more than 8.0 x"
+
+
+def test_labels_that_bring_the_reference_nothing_do_not_count_for_the_bridge():
+    """Direct GRPO has with 64 labels what it has with 128: that it was given 128 makes the bridge no better."""
+    values = curves(direct_grpo=(0.2, 0.4, 0.6, 0.6), bridge=(0.4, 0.6, 0.8, 0.9))
+    found = frontier.label_efficiency(values, "direct_grpo")
+    assert found[64]["factor"] == found[128]["factor"] == pytest.approx(2)
 
 
 def test_a_dip_in_the_bridges_curve_does_not_count_twice():
@@ -148,7 +184,7 @@ def test_a_dip_in_the_bridges_curve_does_not_count_twice():
     assert needed == pytest.approx(16)
 
 
-def test_more_seeds_that_differ_widen_the_interval():
+def test_seeds_that_differ_widen_the_interval():
     rng = np.random.default_rng(0)
     values = curves(direct_grpo=(0.2, 0.4, 0.6, 0.8), bridge=(0.4, 0.6, 0.8, 0.9))
     shift = {n: {arm: rng.normal(0, 0.1, (3, 1)) for arm in row} for n, row in values.items()}

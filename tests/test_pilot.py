@@ -72,7 +72,9 @@ def problems(tmp_path):
 
 def asked(tmp_path, problems, **changes):
     """Arguments for real models, on local names; 40 of the 50 problems are for the first stages."""
+    benchmarks = (write_jsonl(tmp_path / "b.jsonl", [{"problem": "1*2?", "answer": "2"}]),)
     args = {"out": str(tmp_path / "run"), "teacher": "big", "student": "small", "train_data": problems}
+    args["benchmarks"] = benchmarks
     return bridge.Args(**(args | {"pilot": True} | changes))
 
 

@@ -98,7 +98,7 @@ def main(args: Args) -> None:
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
     problem_weights = dataset.paced_weights(args.paced, problems) if args.paced else [1.0] * len(problems)
-    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
+    eval_set = common.load_eval(args, tokenizer, problems, grader.uses_labels)
     rollouts = load_rollouts(args, problems, vocabulary_size(tokenizer)) if args.rollouts else None
     rollout_count = len(problems) * args.rollouts_per_prompt if rollouts is None else len(rollouts)
     require(

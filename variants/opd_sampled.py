@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     checks = preflight.check_tokenizers(args, teacher_tokenizer, tokenizer, problems)
     both, thinking = [tokenizer, teacher_tokenizer], [args.thinking, args.teacher_thinking]
     problems, [prompts, teacher_prompts] = render_prompts(args, problems, both, thinking)
-    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
+    eval_set = common.load_eval(args, tokenizer, problems, grader.uses_labels)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer

@@ -91,7 +91,7 @@ def main(args: Args) -> None:
     tokenizer = models.load_tokenizer(args.student, "--student")
     problems, [prompts] = render_prompts(args, problems, [tokenizer], [args.thinking])
     check_teacher(args, tokenizer, student.config.vocab_size, max(map(len, prompts)))
-    eval_set = common.load_eval(args, tokenizer, grader.uses_labels)
+    eval_set = common.load_eval(args, tokenizer, problems, grader.uses_labels)
     total_steps = common.count_steps(args, len(problems), args.prompts_per_step, "--prompts-per-step")
 
     # ---- models, sampler, optimizer
