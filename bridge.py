@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from infra import cli, dataset, pilot, report, run_folder, stages, worlds
+from infra import budgets, cli, dataset, pilot, report, run_folder, stages, worlds
 from infra.cli import require
 
 BRIDGE = ["teacher_rl", "bridge_warmup", "bridge"]
@@ -62,6 +62,15 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
     "reward_free": ("variants/opd_sampled.py", "{teacher} {student}", "prompts",
                     "{opd_flags} --loss reward_free --stop-truncated-frac 0 --max-steps {bridge_updates}"),
 }  # fmt: skip
+SCRIPTS = {  # what each flag that holds flags is for
+    "teacher_grpo_flags": "grpo.py",
+    "student_grpo_flags": "grpo.py",
+    "stage3_flags": "grpo.py",
+    "warmup_flags": "fkl_warmup.py",
+    "opd_flags": "opd.py",
+    "eval_flags": "eval_math.py",
+    "toy_flags": "toy.py",
+}
 SPENT = {  # what a control's flags take from the run.json of stages that are finished by then
     "bridge_updates": ("updates", ["bridge_warmup", "bridge"]),
     "bridge_rollouts": ("updates", ["bridge_warmup", "bridge"]),
@@ -166,49 +175,37 @@ def depends_on_budget(stage: str, unlabeled: bool) -> bool:
 
 
 def main(args: Args) -> None:
-    # ---- what was typed
-    unlabeled = bool(args.unlabeled_data or (args.labels and not args.teacher))
+    # ---- what was typed, for every stage before the first
+    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
+    unlabeled = bool(args.unlabeled_data or (args.labels and embedded))
     require(set(args.arms) <= {*ARMS, "all"}, f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
     arms = [arm for arm in ARMS if unlabeled or arm != "bridge_own_prompts"] if "all" in args.arms else list(args.arms)
     require(unlabeled or "bridge_own_prompts" not in arms, "--arms bridge_own_prompts: needs --unlabeled-data")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
+    require(not embedded or (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
+            "--train-data and --benchmarks need --teacher and --student; the embedded world has its own")  # fmt: skip
+    require(embedded or args.world == Args.world, f"--world {args.world} is embedded: leave out --teacher and --student")
     require(all(n > 0 for n in args.labels) and sorted(set(args.labels)) == list(args.labels),
             f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
     cli.require_positive(args, "seeds jobs nproc pilot_problems pilot_steps")
     require(args.pilot_samples >= pilot.GROUP, f"--pilot-samples {args.pilot_samples}: give {pilot.GROUP}, a group, or more")
     require(not args.pilot or (len(args.labels) < 2 and args.seeds == 1), "--pilot: one budget and one seed at a time")
-
-    # ---- problems: labeled ones for each budget, held out ones, prompts of the dense stages
-    out, q = Path(args.out), shlex.quote
-    if not args.teacher:
-        require(
-            (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
-            "--train-data and --benchmarks need --teacher and --student; without them the embedded world has its own",
-        )
+    if embedded:
         worlds.fill_in(args)
+    typed = {name: stages.parsed(name, script, getattr(args, name)) for name, script in SCRIPTS.items()}
+
+    # ---- problems
+    if embedded:
         world = f"toy.py --world {args.world} --out {q(args.out)}/world --seed {args.seed} {args.toy_flags}"
         stages.execute(out / "world", "toy.json", lambda: world, 1, None)
         train, heldout = f"{out}/world/train.jsonl", f"{out}/world/heldout.jsonl"
     else:
-        require(args.world == Args.world, f"--world {args.world} is an embedded one; leave out --teacher and --student")
         train, heldout = dataset.split_labels(args.train_data, "--train-data", out / "data")
-    data = {"labeled": train, "prompts": train, "heldout": heldout}
-    if unlabeled:
-        spec = args.unlabeled_data or f"{out}/world/unlabeled.jsonl"
-        prompts = dataset.load_problems(spec, "--unlabeled-data", need_answers=False, answers=False)
-        data["prompts"] = dataset.write_problems(out / "data/unlabeled.jsonl", prompts, f"--unlabeled-data {spec}")
-    labeled, *others = (dataset.load_problems(path, "--train-data", need_answers=True) for path in (train, heldout))
-    for spec in map(dataset.benchmark_spec, args.benchmarks):  # now, not behind days of training
-        measured = dataset.load_problems(spec, "--benchmarks", need_answers=False)
-        dataset.warn_of_overlap([*labeled, *others[0], *(prompts if unlabeled else [])], measured)
-    budgets = {None: data}
-    if args.labels:
-        require(args.labels[-1] <= len(labeled), f"--labels {args.labels[-1]}: {train} has only {len(labeled)} problems")
-        files = {n: out / f"data/labels{n}.jsonl" for n in args.labels}
-        files = {n: dataset.write_problems(path, labeled[:n], train) for n, path in files.items()}
-        budgets |= {n: data | {"labeled": file} | ({} if unlabeled else {"prompts": file}) for n, file in files.items()}
+    prompts = args.unlabeled_data or (f"{out}/world/unlabeled.jsonl" if unlabeled else None)
+    data, labeled = budgets.write(args, train, heldout, prompts)
+    asked = args.labels or (None,)
     if args.pilot:
-        pilot.run(args, labeled[: args.labels[0]] if args.labels else labeled, out / "pilot", args.seed)
+        pilot.run(args, labeled[: asked[0]], out / "pilot", args.seed)
         return
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
 
@@ -224,11 +221,14 @@ def main(args: Args) -> None:
     for stage in reversed(STAGES):
         wanted |= set(before(stage)) if stage in wanted else set()
     wanted = [stage for stage in STAGES if stage in wanted]
-    asked = args.labels or (None,)
     runs = dict.fromkeys((at(s, seed, n), s, seed, its_own(s, n)) for s in wanted for n in asked for seed in seeds)
 
-    # ---- do teacher and student fit? Asked before the first stage, not after days of teacher RL
-    dense = any(STAGES[stage][0] != "grpo.py" for stage in wanted)
+    # ---- are there rollouts enough, do teacher and student fit? Asked now, not after days of teacher RL
+    dense, warmup = any(STAGES[stage][0] != "grpo.py" for stage in wanted), typed["warmup_flags"]
+    count = warmup.rollouts_per_prompt * sum(1 for _ in open(data[asked[0]]["prompts"], encoding="utf-8"))
+    require(not dense or warmup.rollouts or count >= warmup.rollouts_per_step,
+            f"{data[asked[0]]['prompts']}: {count} rollouts for the warmup, and a step takes {warmup.rollouts_per_step}: "
+            f"give --unlabeled-data, or --rollouts-per-prompt or --rollouts-per-step in --warmup-flags")  # fmt: skip
     if dense and not any(run_folder.finished(folder) for folder, *_ in runs):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
         flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
@@ -238,7 +238,7 @@ def main(args: Args) -> None:
     tasks, names = {}, [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
     for folder, stage, seed, budget in runs:
         here = partial(at, seed=seed, budget=budget)
-        command = partial(command_of, stage, args, budgets[budget], here, seed)
+        command = partial(command_of, stage, args, data[budget], here, seed)
         inputs = [here(one) for one in before(stage)]
         log = folder.with_suffix(".log") if jobs > 1 else None
         tasks[folder] = inputs, partial(stages.execute, folder, "run.json", command, args.nproc, log)

@@ -183,13 +183,14 @@ def count_steps(args, count: int, per_step: int, flag: str) -> int:
     return steps
 
 
-def learning_rate(args, step: int, total_steps: int) -> float:
+def learning_rate(args, step: int, total_steps: int, spent: float = 0.0) -> float:
     """Of a step, counted from 1: a straight line up over --learning-rate-warmup-steps, then --learning-rate, or down from
-    it towards 0 with --learning-rate-decay. It keeps no state, so a resumed run goes on as it would have."""
+    it towards 0 with --learning-rate-decay, as the steps are used up or the share `spent` of another limit of the run. It
+    keeps no state, so a resumed run goes on as it would have."""
     rising = args.learning_rate_warmup_steps
     if step <= rising:
         return args.learning_rate * step / rising
-    left = (total_steps - step + 1) / (total_steps - rising)  # from 1 to just above 0
+    left = min((total_steps - step + 1) / (total_steps - rising), 1 - spent)  # from 1 to just above 0
     share = {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
     return args.learning_rate * share[args.learning_rate_decay]
 

@@ -49,7 +49,7 @@ class Args(common.RunArgs, common.RolloutArgs):
     max_steps: int | None = None
     """stop after so many steps instead"""
     max_flops: float | None = None
-    """stop behind the step that brings the FLOPs to this, as run.json counts them"""
+    """stop behind the step that brings the FLOPs to this, as run.json counts them; the learning rate falls with them, too"""
     minibatch_prompts: int = 128
     """problems per optimizer step; divides prompts_per_step"""
     learning_rate: float | None = None
@@ -134,7 +134,8 @@ def main(args: Args) -> None:
         run.log(0, common.evaluate(args, 0, False, sampler, tokenizer, grader, eval_set))
     while step < total_steps and not run.over(args.max_flops):
         step += 1
-        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps)
+        spent = run.spent["flops"] / args.max_flops if args.max_flops else 0.0
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps, spent)
         meter = Meter()
 
         # ---- rollout: a group of responses per problem, and their rewards

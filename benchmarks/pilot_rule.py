@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,20 +48,23 @@ class Args:
     pilot_steps: int = 10
     """as bridge.py's"""
     toy_flags: str = ""
-    """more flags for toy.py"""
+    """more flags for toy.py where studies are made"""
     bridge_flags: str = ""
-    """more flags for bridge.py where studies are made"""
+    """more flags for bridge.py there, and in their pilots"""
     jobs: int | None = None
     """stages at work at once; none: one per CPU and at most 4"""
 
 
+def report_of(world: str) -> Path:
+    return ROOT / f"benchmarks/results/{world}_labels.json"
+
+
 def recorded_study(args: Args, world: str) -> tuple[dict, Path]:
     """The report of a study that this project has run, and a folder with its world, which is made again."""
-    path, out = ROOT / f"benchmarks/results/{world}_labels.json", Path(args.out, world)
-    require(path.exists(), f"--worlds {world}: {path} is not there; its study has not been run")
-    command = f"toy.py --world {world} --out {shlex.quote(str(out))}/world --seed 1 {args.toy_flags}"
+    out = Path(args.out, world)
+    command = f"toy.py --world {world} --out {shlex.quote(str(out))}/world --seed 1"
     stages.execute(out / "world", "toy.json", lambda: command, 1, None)
-    return json.loads(path.read_text(encoding="utf-8")), out
+    return json.loads(report_of(world).read_text(encoding="utf-8")), out
 
 
 def small_study(args: Args, skill: float) -> tuple[dict, Path]:
@@ -72,16 +76,19 @@ def small_study(args: Args, skill: float) -> tuple[dict, Path]:
     return json.loads((out / "report.json").read_text(encoding="utf-8")), out
 
 
-def points(args: Args, record: dict, study: Path) -> list[dict]:
-    """A row for each budget and seed of a study: what won at that budget, by all seeds, and what this seed's pilot says."""
+def points(args: Args, record: dict, study: Path, flags: str) -> list[dict]:
+    """A row for each budget and seed of a study: what won at that budget, by all seeds, and what this seed's pilot says.
+    flags: those of bridge.py that the study was made with, besides its world's."""
     world = json.loads((study / "world/toy.json").read_text(encoding="utf-8"))["args"]
     labeled, rows = dataset.load_problems(f"{study}/world/train.jsonl", "--worlds", need_answers=True), []
-    options = {name: value for name, value in vars(args).items() if name.startswith("pilot_")}
+    flags += f" --pilot-problems {args.pilot_problems} --pilot-samples {args.pilot_samples} --pilot-steps {args.pilot_steps}"
+    flags += f" --jobs {args.jobs}" if args.jobs else ""
     for budget, arms in record["frontier"].items():
         truth = pilot.recommend(record["frontier_differences"][budget]["long_grpo < bridge"]["ci95"])
         probed = min(args.pilot_problems, int(budget) // 2)  # budgets are nested: those that probe as many probe the same
         for place, seed in enumerate(record["seeds"]):
-            settings = bridge.Args(out=str(study), world=world["world"], labels=(int(budget),), jobs=args.jobs, **options)
+            typed = f"--out {shlex.quote(str(study))} --world {world['world']} --labels {budget} {flags}"
+            settings = tyro.cli(bridge.Args, args=shlex.split(typed))
             worlds.fill_in(settings)
             folder = study / f"pilots/{probed}/seed{seed}"
             rules = pilot.run(settings, labeled[: int(budget)], folder, seed)["rules"] | {"always the bridge": pilot.TEACHER}
@@ -131,8 +138,10 @@ def markdown(rows: list[dict]) -> str:
 def main(args: Args) -> None:
     cli.require_positive(args, "seeds pilot_problems pilot_steps jobs")
     require(args.worlds or args.skills, "--worlds and --skills: nothing to try the rule on; give one of them")
-    studies = [*(recorded_study(args, world) for world in args.worlds), *(small_study(args, skill) for skill in args.skills)]
-    rows = [row for record, study in studies for row in points(args, record, study)]
+    missing = [world for world in args.worlds if not report_of(world).exists()]
+    require(not missing, f"--worlds {' '.join(args.worlds)}: the study of {' '.join(missing)} has not been run")
+    rows = [row for world in args.worlds for row in points(args, *recorded_study(args, world), "")]
+    rows += [row for skill in args.skills for row in points(args, *small_study(args, skill), args.bridge_flags)]
     text, record = markdown(rows), {"points": rows, "totals": totals(rows)}
     Path(args.out, "pilot_rule.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Path(args.out, "pilot_rule.md").write_text(f"# The pilot's rules against the studies\n\n{text}\n", encoding="utf-8")

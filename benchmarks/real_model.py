@@ -5,7 +5,8 @@ itself or in GRPO on its teacher and the bridge?
 The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
 layers, healed by fkl_warmup.py on the teacher's responses to problems of which no label is used. The problems are word
 problems of one addition or subtraction behind one solved line, 60 tokens in all; a response is right if its last number is.
-The bridge's dense stages have prompts of their own, without answers.
+The bridge's dense stages have prompts of their own, without answers. No two numbers of a test problem are added, or one
+subtracted from the other, in any other split.
 
 The rule, fixed before any run: the teacher's GRPO has --grpo-steps steps at every budget; the student's has the same labels,
 and goes on until it has spent the FLOPs of the bridge's three stages.
@@ -34,7 +35,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from infra import run_folder  # noqa: E402
+from infra import stages  # noqa: E402
 
 # isort: split
 # behind infra: transformers has another meaning for the name `kernels`
@@ -72,7 +73,7 @@ class Args:
     """passes of the bridge's warmup over the RL teacher's responses, one for each of the 512 prompts"""
     opd_steps: int = 24
     """OPD updates of 32 responses"""
-    arms: tuple[str, ...] = ("base", "long_grpo", "bridge")
+    arms: tuple[str, ...] = ("base", "direct_grpo", "long_grpo", "bridge")
     """arms of bridge.py"""
     dtype: str = "bfloat16"
     """compute dtype; the weights are float32"""
@@ -110,31 +111,32 @@ def prune(teacher: Path, folder: Path) -> None:
 
 
 def write_problems(out: Path) -> None:
-    """Write the SPLITS, OUT/NAME.jsonl: no problem is in two of them, and the unlabeled ones have no answers."""
-    rng, problems = random.Random(1), {}
+    """Write the SPLITS, OUT/NAME.jsonl: no problem is in two of them, what a test problem adds or subtracts is in no other,
+    and the unlabeled ones have no answers."""
+    rng, problems = random.Random(1), {name: {} for name in SPLITS}
     system, (question, reply) = {"role": "system", "content": ""}, SOLVED  # empty: else the template writes one of its own
     shot = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    while len(problems) < sum(SPLITS.values()):
-        if rng.random() < 0.5:
-            a, b, template, sign = rng.randint(2, 10), rng.randint(2, 10), rng.choice(SUMS), 1
-        else:
-            a, template, sign = rng.randint(5, 12), rng.choice(DIFFERENCES), -1
-            b = rng.randint(2, a - 2)
-        text = template.format(name=rng.choice(NAMES), items=rng.choice(ITEMS), a=a, b=b)
-        prompt = [system, *shot, {"role": "user", "content": text}]
-        problems[text] = {"prompt": prompt, "answer": str(a + sign * b)}
-    rows = iter(problems.values())
+    pairs = [(a, b, 1) for a in range(2, 11) for b in range(a, 11) if (a, b) != (4, 5)]  # which is SOLVED
+    pairs += [(a, b, -1) for a in range(5, 13) for b in range(2, a - 1)]
+    tested = set(rng.sample(pairs, len(pairs) // 4))
     for name, count in SPLITS.items():
-        some = [next(rows) for _ in range(count)]
-        some = [{"prompt": row["prompt"]} for row in some] if name == "unlabeled" else some
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        while len(problems[name]) < count:
+            a, b, sign = pair = rng.choice(pairs)
+            a, b = rng.choice([(a, b), (b, a)]) if sign > 0 else (a, b)
+            words = {"name": rng.choice(NAMES), "items": rng.choice(ITEMS), "a": a, "b": b}
+            text = rng.choice(SUMS if sign > 0 else DIFFERENCES).format(**words)
+            if (pair in tested) == (name == "test") and not any(text in some for some in problems.values()):
+                prompt = [system, *shot, {"role": "user", "content": text}]
+                problems[name][text] = {"prompt": prompt} | ({} if name == "unlabeled" else {"answer": str(a + sign * b)})
+        rows = problems[name].values()
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main(args: Args) -> None:
     out, q = Path(args.out), shlex.quote
     out.mkdir(parents=True, exist_ok=True)
     write_problems(out)
-    teacher, pruned, student = out / "teacher", out / "pruned", out / "student"
+    teacher, pruned = out / "teacher", out / "pruned"
     if not (pruned / "tokenizer.json").exists():  # the last that is written
         smollm2(teacher)
         prune(teacher, pruned)
@@ -150,9 +152,9 @@ def main(args: Args) -> None:
     prompt = f'{grader} --instruction "" --max-response-tokens 16 --rollout-batch-tokens 16384 --dtype {args.dtype}'
     train = f"{prompt} --temperature 0.7 --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --sample-every 10"
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
-    if not run_folder.finished(student):
-        run(f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} "
-            f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 --resume")  # fmt: skip
+    heal = f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} " \
+           f"--out {at('student')} {train} {rollouts} --epochs {args.heal_epochs} --eval-every 16 --resume"  # fmt: skip
+    stages.execute(out.resolve() / "student", "run.json", lambda: heal, 1, None)
     grpo = f"{train} --group-size 8 --prompts-per-step 8 --minibatch-prompts 8 --max-steps {args.grpo_steps} " \
            f"--learning-rate 3e-5 --eval-every 16"  # fmt: skip
     warmup = f"{train} {rollouts} --epochs {args.warmup_epochs} --eval-every 16"

@@ -2,6 +2,7 @@
 """Running the stages of a bridge: commands that are printed, run, skipped where they are finished, and killed with it."""
 
 import ctypes
+import importlib
 import re
 import shlex
 import signal
@@ -10,11 +11,14 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
+from dataclasses import MISSING, fields
 from itertools import takewhile
 from pathlib import Path
 
+import tyro
+
 from infra import checkpoint
-from infra.cli import require
+from infra.cli import UsageError, require
 from infra.digest import digest_of
 from infra.files import read_record
 
@@ -36,6 +40,17 @@ def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
         print(*last, f"error: {script} ended with exit code {code}; the same bridge.py command continues from here",
               sep="\n", file=sys.stderr)  # fmt: skip
         sys.exit(code)
+
+
+def parsed(name: str, script: str, flags: str):
+    """The Args of `script` for the `flags` that bridge.py's flag `name` holds. Raises UsageError for one that it does not
+    have: before the first stage and not at the last."""
+    args_class = importlib.import_module(script.removesuffix(".py")).Args
+    models = [f"--{one.name}=x" for one in fields(args_class) if one.default is MISSING]
+    try:
+        return tyro.cli(args_class, args=[*models, *shlex.split(flags)])
+    except SystemExit:
+        raise UsageError(f"--{name.replace('_', '-')} {flags!r}: not flags of {script}, as said above") from None
 
 
 def end_with_parent() -> None:

@@ -21,12 +21,16 @@ def test_the_real_model_s_problems_are_right_and_in_one_split_each(tmp_path):
     assert {name: len(problems) for name, problems in splits.items()} == real_model.SPLITS
     texts = [p.text for problems in splits.values() for p in problems]
     assert len(set(texts)) == len(texts)
+    pairs = {name: set() for name in splits}
     for name, problems in splits.items():
         for problem in problems:
             a, b = map(int, re.findall(r"\d+", problem.text))
             right = str(a - b if re.search("gives away|takes", problem.text) else a + b)
             assert problem.answer == (None if name == "unlabeled" else right), problem.text
             assert len(problem.messages) == 3 and problem.text not in str(problem.messages)
+            pairs[name].add((min(a, b), max(a, b), right == str(a + b)))
+    assert len(pairs["test"]) == 22 and pairs["dev"] and pairs["unlabeled"]
+    assert all(not pairs["test"] & some for name, some in pairs.items() if name != "test")
 
 
 def test_the_real_model_s_reward_is_the_last_number():

@@ -148,6 +148,7 @@ def real(tmp_path, problems, **changes):
         "student": "small",
         "train_data": problems,
         "benchmarks": (str(benchmark),),
+        "warmup_flags": "--rollouts-per-step 8",
     }
     return bridge.Args(**(args | changes))
 
@@ -308,6 +309,11 @@ def test_a_finished_folder_that_was_copied_is_accepted(tmp_path, fake, problems,
     ({"arms": ("bridge", "nonsense")}, "--arms bridge nonsense: choose all, or some of base"),
     ({"student": None}, "--teacher and --student go together"),
     ({"teacher": None}, "--teacher and --student go together"),
+    ({"world": "swaps"}, "--world swaps is embedded"),
+    ({"stage3_flags": "--max-stepz 4"}, "--stage3-flags '--max-stepz 4': not flags of grpo.py"),
+    ({"eval_flags": "--samples many"}, "--eval-flags .*: not flags of eval_math.py"),
+    ({"warmup_flags": "--rollouts-per-step 64"}, "train.jsonl: 40 rollouts for the warmup, and a step takes 64"),
+    ({"labels": (4, 16)}, "labels4.jsonl: 4 rollouts for the warmup, and a step takes 8"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, fake, problems, changes, message):
     with pytest.raises(UsageError, match=message):
@@ -362,7 +368,8 @@ def commands_of(fake):
 
 
 def test_controls_make_as_many_updates_as_what_they_are_held_against(tmp_path, fake, problems):
-    bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags="--max-steps 98"))
+    warmup = "--max-steps 98 --rollouts-per-step 8"
+    bridge.main(real(tmp_path, problems, arms=("all",), opd_flags="--max-steps 99", warmup_flags=warmup))
     assert stages_run(fake) == TRAINED + CONTROLS
     made, out = commands_of(fake), f"{tmp_path}/run/seed1"
     parsed = {name: parse(c) for name, c in made.items()}

@@ -55,6 +55,15 @@ def test_the_learning_rate_is_0_at_no_step(decay, warmup):
     assert warmup >= 10 or falling[0] == 2.0
 
 
+@pytest.mark.parametrize("decay, expected", [("none", [2.0, 2.0, 2.0]), ("linear", [2.0, 1.0, 0.5]),
+                                             ("cosine", [2.0, 1.0, 1 - 0.5**0.5])])  # fmt: skip
+def test_the_learning_rate_falls_with_the_flops_where_they_end_the_run(decay, expected):
+    """So a run of --max-flops decays as one of as many steps does, and not by its million of nominal ones."""
+    flags = types.SimpleNamespace(learning_rate=2.0, learning_rate_warmup_steps=0, learning_rate_decay=decay)
+    found = [common.learning_rate(flags, step, 10**6, spent) for step, spent in ((1, 0.0), (9, 0.5), (14, 0.75))]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_count_steps_wraps_the_last_one_around():
     flags = types.SimpleNamespace(learning_rate_warmup_steps=0, max_steps=None, epochs=3)
     assert [common.count_steps(flags, 10, per_step, "--prompts-per-step") for per_step in (1, 4, 5, 10)] == [30, 8, 6, 3]

@@ -132,7 +132,7 @@ def test_a_benchmark_that_is_not_there_ends_the_run_before_its_first_stage(tmp_p
     ({"labels": (16, 8)}, "--labels 16 8: give numbers above 0, the smallest first"),
     ({"labels": (8, 8)}, "smallest first"),
     ({"labels": (0, 8)}, "above 0"),
-    ({"labels": (8, 41)}, "--labels 41: .* has only 40 problems"),
+    ({"labels": (8, 41)}, "--labels 8 41: .* has only 40 problems"),
     ({"arms": ("bridge_own_prompts",)}, "--arms bridge_own_prompts: needs --unlabeled-data"),
 ])  # fmt: skip
 def test_bad_budgets_are_refused(tmp_path, fake, problems, changes, message):

@@ -130,6 +130,9 @@ def test_a_budget_of_flops_ends_the_run_behind_the_step_that_reaches_it(
     assert bound.record["flops"] == whole.record["flops"]
     a_little_more = run_script("grpo", **grpo(checkpoints, data, **bounds | {"max_flops": whole.record["flops"] + 1.0}))
     assert len(a_little_more.metrics) == 5
+    falling = run_script("grpo", **grpo(checkpoints, data, **bounds | {"learning_rate_decay": "linear"}))
+    rates = [row["charts/learning_rate"] / falling.record["args"]["learning_rate"] for row in falling.metrics[1:]]
+    assert rates == pytest.approx([1, 2 / 3, 1 / 3], abs=0.1), "it falls with the FLOPs, not with the steps"
 
     out = str(tmp_path / "resumed")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -273,10 +273,25 @@ def test_the_cheap_rule_counts_groups_per_flop(tmp_path, fake, problems):
 
 def test_doubts_name_what_a_longer_or_larger_probe_may_turn(tmp_path, fake, problems):
     fake.right |= {"teacher_base": 8, "teacher_probe": 10, "student_base": 1, "student_probe": 8}
-    bridge.main(asked(tmp_path, problems, pilot_problems=10))
+    bridge.main(asked(tmp_path, problems, pilot_problems=16))
     longer, larger = record_of(tmp_path)["doubts"]
     assert longer.startswith("the teacher is ahead, but the student has gained more") and "--pilot-steps" in longer
-    assert larger.startswith("the probe saw 10 labels of a budget of 40") and "--pilot-problems" in larger
+    assert larger.startswith("the probe saw 16 labels of a budget of 40") and "--pilot-problems" in larger
+
+
+@pytest.mark.parametrize("labels, n, doubts", [(30, 15, 1), (31, 15, 1), (32, 16, 0), (33, 16, 0)])
+def test_few_problems_decide_nothing(tmp_path, fake, problems, labels, n, doubts):
+    """And an odd budget's half is no doubt."""
+    bridge.main(asked(tmp_path, problems, labels=(labels,), warmup_flags="--rollouts-per-step 8"))
+    record = record_of(tmp_path)
+    assert record["problems"] == n and len(record["doubts"]) == doubts
+    assert set(record["rules"].values()) == ({pilot.CLOSE} if n < 16 else {pilot.TEACHER, pilot.STUDENT})
+    assert all(doubt.startswith("15 held-out problems decide nothing") for doubt in record["doubts"])
+
+
+def test_graded_rewards_that_are_all_alike_are_no_signal():
+    assert pilot.mixed_share(np.full((2, 16), 0.5)) == pytest.approx([0, 0])
+    assert pilot.mixed_share(np.array([[0.5] * 15 + [-1.0]])) == pytest.approx([0.5]), "8 of 16 draws have the odd one"
 
 
 # ------------------------------------------------------------------------------------------- the rule against studies
@@ -301,8 +316,8 @@ def test_hits_misses_and_regret_are_counted_by_rule():
 def test_every_budget_and_seed_of_a_study_is_asked_about(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(pilot_rule, "ROOT", tmp_path)
     study, reports = tmp_path / "rule/swaps", tmp_path / "benchmarks/results"
-    args = pilot_rule.Args(worlds=("swaps",), out=str(tmp_path / "rule"), skills=(), pilot_problems=10, jobs=1)
-    with pytest.raises(UsageError, match="--worlds swaps: .*swaps_labels.json is not there; its study has not been run"):
+    args = pilot_rule.Args(worlds=("swaps",), out=str(tmp_path / "rule"), skills=(), pilot_problems=16, jobs=1)
+    with pytest.raises(UsageError, match="--worlds swaps: the study of swaps has not been run"):
         pilot_rule.main(args)
     (study / "world").mkdir(parents=True)
     command = shlex.join(["python", "toy.py", "--world", "swaps", "--out", f"{study}/world", "--seed", "1"])
@@ -310,22 +325,23 @@ def test_every_budget_and_seed_of_a_study_is_asked_about(tmp_path, fake, monkeyp
         json.dumps({"args": {"world": "swaps", "student_skill": 0.6}, "command": command, "finished": True})
     )
     write_jsonl(study / "world/train.jsonl", [{"problem": f"{i}+1?", "answer": str(i + 1)} for i in range(50)])
-    budgets, right = ("8", "20", "32"), {"bridge": [0.8, 0.7], "long_grpo": [0.3, 0.4]}
+    budgets, right = ("8", "32", "40"), {"bridge": [0.8, 0.7], "long_grpo": [0.3, 0.4]}
     reports.mkdir(parents=True)
-    truth = {n: {"long_grpo < bridge": {"ci95": [-0.1 if n == "32" else 0.2, 0.5]}} for n in budgets}
+    truth = {n: {"long_grpo < bridge": {"ci95": [-0.1 if n == "40" else 0.2, 0.5]}} for n in budgets}
     frontier = {n: {arm: {"by_seed": values} for arm, values in right.items()} for n in budgets}
     report = {"seeds": [1, 2], "frontier": frontier, "frontier_differences": truth}
     (reports / "swaps_labels.json").write_text(json.dumps(report))
 
     pilot_rule.main(args)
     rows = json.loads((tmp_path / "rule/pilot_rule.json").read_text())["points"]
-    assert [(row["labels"], row["seed"]) for row in rows] == [(8, 1), (8, 2), (20, 1), (20, 2), (32, 1), (32, 2)]
+    assert [(row["labels"], row["seed"]) for row in rows] == [(8, 1), (8, 2), (32, 1), (32, 2), (40, 1), (40, 2)]
     assert [row["truth"] for row in rows] == [pilot.TEACHER] * 4 + [pilot.CLOSE] * 2
-    assert all(row["rules"]["probe"] == pilot.TEACHER and row["world"] == "swaps" for row in rows)
+    assert [row["rules"]["probe"] for row in rows] == [pilot.CLOSE] * 2 + [pilot.TEACHER] * 4, "4 problems decide nothing"
+    assert all(row["world"] == "swaps" for row in rows)
     assert [row["bridge"] for row in rows] == [0.8, 0.7] * 3
     asked = {Path(flag(c, "--train-data")).parent: c for c in fake.commands if c[0] == "opd.py"}
     counts = [len(dataset.load_problems(str(folder / "probe.jsonl"), "--x", True)) for folder in asked]
-    assert counts == [4, 4, 10, 10], "half the budget, at most --pilot-problems; 20 and 32 labels share their pilots"
+    assert counts == [4, 4, 16, 16], "half the budget, at most --pilot-problems; 32 and 40 labels share their pilots"
     assert [flag(c, "--seed") for c in asked.values()] == ["1", "2", "1", "2"]
     assert {flag(c, "--student") for c in asked.values()} == {f"{study}/world/student_base"}
     fake.commands.clear()
