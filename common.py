@@ -185,8 +185,7 @@ def count_steps(args, count: int, per_step: int, flag: str) -> int:
 
 def learning_rate(args, step: int, total_steps: int, spent: float = 0.0) -> float:
     """Of a step, counted from 1: a straight line up over --learning-rate-warmup-steps, then --learning-rate, or down from
-    it towards 0 with --learning-rate-decay, as the steps are used up or the share `spent` of another limit of the run. It
-    keeps no state, so a resumed run goes on as it would have."""
+    it towards 0 with --learning-rate-decay, by steps or by the share `spent` of --max-flops. A resumed run goes on by it."""
     rising = args.learning_rate_warmup_steps
     if step <= rising:
         return args.learning_rate * step / rising
@@ -202,8 +201,7 @@ def grade(grader, tokenizer, response_ids: list[list[int]], problems) -> list[fl
 
 
 def load_eval(args, tokenizer, trained: list, need_answers: bool):
-    """(problems of --eval-data, their prompts); two empty lists without --eval-every. `trained`: those of --train-data, of
-    which none should be among them."""
+    """(problems of --eval-data, their prompts); two empty lists without --eval-every. None should be among the `trained`."""
     columns = dataset.columns(args)
     problems = dataset.load_problems(args.eval_data, "--eval-data", need_answers, **columns) if args.eval_every else []
     dataset.warn_of_overlap(trained, problems)

@@ -132,10 +132,9 @@ def main(args: Args) -> None:
 
     if step == 0 and args.eval_every:
         run.log(0, common.evaluate(args, 0, False, sampler, tokenizer, grader, eval_set))
-    while step < total_steps and not run.over(args.max_flops):
+    while step < total_steps and run.used(args.max_flops) < 1:
         step += 1
-        spent = run.spent["flops"] / args.max_flops if args.max_flops else 0.0
-        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps, spent)
+        optimizer.param_groups[0]["lr"] = common.learning_rate(args, step, total_steps, run.used(args.max_flops))
         meter = Meter()
 
         # ---- rollout: a group of responses per problem, and their rewards
@@ -247,7 +246,7 @@ def main(args: Args) -> None:
             "debug/grader_timeouts": grader.timeouts,
             "debug/unparsable": grader.unparsable,
         }
-        last = step == total_steps or run.over(args.max_flops)
+        last = step == total_steps or run.used(args.max_flops) >= 1
         metrics |= common.evaluate(args, step, last, sampler, tokenizer, grader, eval_set)
         run.log(step, metrics, "charts/reward")
         samples.write(step, [problems[i] for i in batch], responses, rewards=rewards.flatten(), advantages=advantages)

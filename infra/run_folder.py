@@ -198,9 +198,9 @@ class Run:
         itself left out (Kaplan et al. 2020, arXiv 2001.08361, table 1)."""
         self.spent.update(updates=updates, sampled_tokens=sampled_tokens, flops=flops)
 
-    def over(self, max_flops: float | None) -> bool:
-        """Whether that many FLOPs are spent; never for None."""
-        return max_flops is not None and self.spent["flops"] >= max_flops
+    def used(self, max_flops: float | None) -> float:
+        """The share of so many FLOPs that is spent; 0 for None."""
+        return self.spent["flops"] / max_flops if max_flops else 0.0
 
     def note(self, **entries) -> None:
         """Add entries to run.json."""
