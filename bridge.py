@@ -174,6 +174,14 @@ def depends_on_budget(stage: str, unlabeled: bool) -> bool:
     return own or any(depends_on_budget(one, unlabeled) for one in before(stage))
 
 
+def stages_of(arms: list[str]) -> list[str]:
+    """The stages that the arms need, each behind those it needs."""
+    wanted = {stage for arm in arms for stage in ARMS[arm]}
+    for stage in reversed(STAGES):
+        wanted |= set(before(stage)) if stage in wanted else set()
+    return [stage for stage in STAGES if stage in wanted]
+
+
 def main(args: Args) -> None:
     # ---- what was typed, for every stage before the first
     out, q, embedded = Path(args.out), shlex.quote, not args.teacher
@@ -216,12 +224,11 @@ def main(args: Args) -> None:
         n = its_own(stage, budget)
         return (out / f"labels{n}" if n else out) / f"seed{seed}" / stage
 
-    # ---- the stages that the arms need
-    wanted = {stage for arm in arms for stage in ARMS[arm]}
-    for stage in reversed(STAGES):
-        wanted |= set(before(stage)) if stage in wanted else set()
-    wanted = [stage for stage in STAGES if stage in wanted]
-    runs = dict.fromkeys((at(s, seed, n), s, seed, its_own(s, n)) for s in wanted for n in asked for seed in seeds)
+    # ---- the stages that the arms need; those with held-out labels besides are no part of a budget: once, with the largest
+    within = [arm for arm in arms if all(STAGES[stage][2] != "heldout" for stage in ARMS[arm])]
+    wanted, at_each = stages_of(arms), stages_of(within)
+    runs = [(s, n, seed) for s in wanted for n in asked for seed in seeds if s in at_each or n == asked[-1]]
+    runs = dict.fromkeys((at(s, seed, n), s, seed, its_own(s, n)) for s, n, seed in runs)
 
     # ---- are there rollouts enough, do teacher and student fit? Asked now, not after days of teacher RL
     dense, warmup = any(STAGES[stage][0] != "grpo.py" for stage in wanted), typed["warmup_flags"]
@@ -252,7 +259,7 @@ def main(args: Args) -> None:
         run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, args.nproc, log)
         tasks[results] = [folder] if folder in tasks else [], run
     stages.run_all(tasks, jobs)
-    report.write(out, at, list(asked), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted)
+    report.write(out, at, list(asked), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted, within)
 
 
 if __name__ == "__main__":

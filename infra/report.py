@@ -91,9 +91,12 @@ def compare(values: dict[str, np.ndarray]) -> dict[str, dict]:
     return found
 
 
-def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int], arms: dict, stages: list[str]) -> None:
+def write(
+    out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int], arms: dict, stages: list[str], within: list[str]
+) -> None:
     """Write report.json, report.md, report.png and scores.npz into `out`. at(stage, seed, budget): a stage's folder; arms:
-    {arm: the stages it rests on, its own last}, those of the largest of the label `budgets`, or of the only one, None."""
+    {arm: the stages it rests on, its own last}, those of the largest of the label `budgets`, or of the only one, None;
+    `within`: the arms that have no more labels than each budget."""
     last = {arm: (used or [arm])[-1] for arm, used in arms.items()}  # the stage an arm stands for
     units = {"teacher_base": [], "base": []} | {stage: [stage] for stage in stages}
 
@@ -122,10 +125,9 @@ def write(out: Path, at, budgets: list, benchmarks: list[str], seeds: list[int],
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
     if budgets != [None]:
-        shown_at = ({"teacher_rl": ["teacher_rl"]} if "teacher_rl" in stages else {}) | arms
-        costs = {n: {arm: cost_of(used, n) for arm, used in shown_at.items()} for n in budgets}
-        within = [arm for arm in shown_at if all(costs[n][arm]["labels_used"] <= n for n in budgets)]  # no held-out ones
-        by_budget = {n: {arm: scores_of(last.get(arm, arm), benchmarks[0], n) for arm in within} for n in budgets}
+        there = {name: [name] for name in stages if name == "teacher_rl"} | {arm: arms[arm] for arm in within}
+        costs = {n: {arm: cost_of(used, n) for arm, used in there.items()} for n in budgets}
+        by_budget = {n: {arm: scores_of(last.get(arm, arm), benchmarks[0], n) for arm in there} for n in budgets}
         record |= frontier.frontier(by_budget, costs)
         kept |= {f"{benchmarks[0]}/labels{n}/{arm}": one for n, row in by_budget.items() for arm, one in row.items()}
     np.savez_compressed(out / "scores.npz", **kept)

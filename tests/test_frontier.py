@@ -76,6 +76,7 @@ def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, proble
     record = json.loads(Path(args.out, "report.json").read_text())
     assert "held-out labels besides: bridge_grpo, cold_grpo." in Path(args.out, "report.md").read_text()
     assert record["arms"]["bridge_grpo"]["labels_used"] == 16 + 10
+    assert [folder for folder in commands(fake) if "bridge_grpo" in folder] == [f"{args.out}/labels16/seed1/bridge_grpo"]
     for n in (8, 16):
         used = {arm: row["labels_used"] for arm, row in record["frontier"][str(n)].items()}
         assert used == {arm: 0 if arm == "raw_teacher" else n for arm in ("teacher_rl", *ARMS)}
