@@ -622,14 +622,25 @@ def test_results_md_shows_the_recorded_reports(world):
     assert set(record["arms"]) == set(bridge.ARMS) - younger and len(record["seeds"]) == 3
 
 
-def test_results_md_shows_the_recorded_label_budgets():
-    record = json.loads((ROOT / "benchmarks/results/arithmetic_labels.json").read_text())
-    shown = f"<!-- report arithmetic_labels -->\n{report.markdown(record)}\n<!-- end -->"
+@pytest.mark.parametrize("world, budgets", [("arithmetic", "16 32 64 128 256 512"), ("swaps", "16 64 256")])
+def test_results_md_shows_the_recorded_label_budgets(world, budgets):
+    record = json.loads((ROOT / f"benchmarks/results/{world}_labels.json").read_text())
+    shown = f"<!-- report {world}_labels -->\n{report.markdown(record)}\n<!-- end -->"
     assert shown in (ROOT / "docs/results.md").read_text()
-    assert list(record["frontier"]) == ["16", "32", "64", "128", "256", "512"] and len(record["seeds"]) == 3
+    assert list(record["frontier"]) == budgets.split() and len(record["seeds"]) == 3
     for budget, row in record["frontier"].items():
         assert all(arm["labels_used"] <= int(budget) for arm in row.values())
         assert row["long_grpo"]["flops"] >= row["bridge"]["flops"] * 0.99
+
+
+def test_the_scores_behind_a_report_give_its_figures():
+    record = json.loads((ROOT / "benchmarks/results/swaps_labels.json").read_text())
+    with np.load(ROOT / "benchmarks/results/swaps_labels.npz") as scores:
+        for budget, row in record["frontier"].items():
+            for arm, one in row.items():
+                values = scores[f"test/labels{budget}/{arm}"]
+                assert values.shape == (3, 512) and values.mean(1).tolist() == one["by_seed"]
+                assert bootstrap_ci95(values) == pytest.approx(one["ci95"])
 
 
 def test_a_report_is_put_where_the_project_shows_it(tmp_path, fake, problems, monkeypatch):
