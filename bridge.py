@@ -136,6 +136,10 @@ class Args:
     """go on where a preflight finds an error; the stages record it in their run.json"""
 
 
+def lines_of(path: str) -> int:
+    return sum(1 for _ in open(path, encoding="utf-8"))
+
+
 def before(stage: str) -> list[str]:
     """The stages that a stage's command names, or takes figures from."""
     _, models, _, flags = STAGES[stage]
@@ -156,7 +160,7 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
         rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
         values["bridge_rollouts"] = f"--max-steps {total} --rollouts-per-prompt {rollouts}"
     if "{own_rollouts}" in flags:  # as many in all as the bridge's warmup has, from fewer prompts
-        prompts, own = (sum(1 for _ in open(data[key], encoding="utf-8")) for key in ("prompts", "labeled"))
+        prompts, own = lines_of(data["prompts"]), lines_of(data["labeled"])
         rollouts = run_folder.finished(at("bridge_warmup"))["args"]["rollouts_per_prompt"]
         values["own_rollouts"] = f"--rollouts-per-prompt {-(-prompts * rollouts // own)}"
     names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
@@ -232,7 +236,7 @@ def main(args: Args) -> None:
 
     # ---- are there rollouts enough, do teacher and student fit? Asked now, not after days of teacher RL
     dense, warmup = any(STAGES[stage][0] != "grpo.py" for stage in wanted), typed["warmup_flags"]
-    count = warmup.rollouts_per_prompt * sum(1 for _ in open(data[asked[0]]["prompts"], encoding="utf-8"))
+    count = warmup.rollouts_per_prompt * lines_of(data[asked[0]]["prompts"])
     require(not dense or warmup.rollouts or count >= warmup.rollouts_per_step,
             f"{data[asked[0]]['prompts']}: {count} rollouts for the warmup, and a step takes {warmup.rollouts_per_step}: "
             f"give --unlabeled-data, or --rollouts-per-prompt or --rollouts-per-step in --warmup-flags")  # fmt: skip
