@@ -1,4 +1,4 @@
-# make demo   the whole recipe on the embedded world, with 64 labels and with 512, into runs/demo/
+# make demo   the whole recipe on the embedded world, with 64 labels and with 512, into runs/demo_labels/
 # make study  all arms and all label budgets, three seeds, both embedded worlds; then the tables and plots of README and docs
 # make test   the fast tests; `make test PYTEST_FLAGS="-m slow"` the slow ones
 # make env    the virtual environment both use; a machine with an NVIDIA GPU gets requirements.txt with vLLM
@@ -30,7 +30,7 @@ endif
 	touch $@
 
 demo: env
-	$(VENV)/bin/python bridge.py --labels 64 512 --out runs/demo
+	$(VENV)/bin/python bridge.py --labels 64 512 --out runs/demo_labels
 
 BUDGETS := --labels 16 32 64 128 256 512 --arms base direct_grpo long_grpo raw_teacher bridge bridge_own_prompts
 

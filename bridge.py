@@ -15,7 +15,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,23 +24,11 @@ from typing import Literal
 
 from infra import budgets, cli, dataset, pilot, report, run_folder, stages, worlds
 from infra.cli import require
+from infra.reward import make_grader
 
-BRIDGE = ["teacher_rl", "bridge_warmup", "bridge"]
-ARMS = {  # arm: the stages whose labels and compute it rests on, its own last
-    "base": [],
-    "direct_grpo": ["direct_grpo"],
-    "raw_teacher": ["raw_teacher_warmup", "raw_teacher"],
-    "bridge": BRIDGE,
-    "bridge_own_prompts": ["teacher_rl", "own_prompts_warmup", "bridge_own_prompts"],
-    "no_warmup": ["teacher_rl", "no_warmup"],
-    "no_opd": ["teacher_rl", "no_opd"],
-    "sft": ["teacher_rl", "sft"],
-    "long_grpo": ["long_grpo"],
-    "bridge_grpo": [*BRIDGE, "bridge_grpo"],
-    "cold_grpo": ["cold_grpo"],
-    "replay": [*BRIDGE, "replay"],
-    "reward_free": ["reward_free"],
-}
+# each but the first is a stage, with the labels and the compute of all that it starts from
+ARMS = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_own_prompts", "no_warmup", "no_opd", "sft", "long_grpo",
+        "bridge_grpo", "cold_grpo", "replay", "reward_free")  # fmt: skip
 STAGES = {  # stage: (script, its model or its teacher and student, its problems, its flags), each behind those it needs
     "teacher_rl": ("grpo.py", "{teacher}", "labeled", "{teacher_grpo_flags}"),
     "direct_grpo": ("grpo.py", "{student}", "labeled", "{student_grpo_flags}"),
@@ -49,13 +37,16 @@ STAGES = {  # stage: (script, its model or its teacher and student, its problems
     "raw_teacher": ("opd.py", "{teacher} {raw_teacher_warmup}", "prompts", "{opd_flags}"),
     "bridge": ("opd.py", "{teacher_rl} {bridge_warmup}", "prompts", "{opd_flags}"),
     "bridge_grpo": ("grpo.py", "{bridge}", "heldout", "{stage3_flags}"),
-    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled", "{warmup_flags} {own_rollouts}"),
+    "own_prompts_warmup": ("fkl_warmup.py", "{teacher_rl} {student}", "labeled",
+                           "{warmup_flags} --rollouts-per-prompt {own_rollouts}"),
     "bridge_own_prompts": ("opd.py", "{teacher_rl} {own_prompts_warmup}", "labeled", "{opd_flags}"),
     # controls: as many updates as the stages they are held against have made, or as many FLOPs
     "cold_grpo": ("grpo.py", "{student}", "heldout", "{stage3_flags}"),
     "no_warmup": ("opd.py", "{teacher_rl} {student}", "prompts", "{opd_flags} --max-steps {bridge_updates}"),
-    "no_opd": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts", "{warmup_flags} {bridge_rollouts}"),
-    "sft": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts", "{warmup_flags} --loss ce {bridge_rollouts}"),
+    "no_opd": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts",
+               "{warmup_flags} --max-steps {bridge_updates} --rollouts-per-prompt {bridge_rollouts}"),
+    "sft": ("fkl_warmup.py", "{teacher_rl} {student}", "prompts",
+            "{warmup_flags} --loss ce --max-steps {bridge_updates} --rollouts-per-prompt {bridge_rollouts}"),
     "long_grpo": ("grpo.py", "{student}", "labeled", "{student_grpo_flags} --max-steps 1000000 --max-flops {bridge_flops}"),
     "replay": ("opd.py", "{teacher_rl} {bridge}", "prompts", "{opd_flags} --max-steps {stage3_updates}"),
     # without a teacher's say; that its responses do not end is what it is to show
@@ -70,13 +61,6 @@ SCRIPTS = {  # what each flag that holds flags is for
     "opd_flags": "opd.py",
     "eval_flags": "eval_math.py",
     "toy_flags": "toy.py",
-}
-SPENT = {  # what a control's flags take from the run.json of stages that are finished by then
-    "bridge_updates": ("updates", ["bridge_warmup", "bridge"]),
-    "bridge_rollouts": ("updates", ["bridge_warmup", "bridge"]),
-    "own_rollouts": ("updates", ["bridge_warmup"]),
-    "bridge_flops": ("flops", BRIDGE),
-    "stage3_updates": ("updates", ["bridge_grpo"]),
 }
 
 
@@ -96,7 +80,7 @@ class Args:
     """prompts of every fkl_warmup.py and opd.py, whose answers are never read; none: the labeled problems, with --labels
     on an embedded world its unlabeled ones"""
     labels: tuple[int, ...] = ()
-    """label budgets: each arm once with each, on the first so many labeled problems; none: all of them, once"""
+    """label budgets: arms without held-out labels once with each, on the first so many labeled problems; none: all, once"""
     benchmarks: tuple[str, ...] = ("math500", "aime24", "aime25")
     """what eval_math.py measures; the first is the one compared and plotted"""
     pilot: bool = False
@@ -140,11 +124,47 @@ def lines_of(path: str) -> int:
     return sum(1 for _ in open(path, encoding="utf-8"))
 
 
-def before(stage: str) -> list[str]:
-    """The stages that a stage's command names, or takes figures from."""
+def total(key: str) -> Callable:
+    return lambda data, *runs: sum(run[key] for run in runs)
+
+
+def seen_as_often(data: dict[str, str], warmup: dict, opd: dict) -> int:
+    """Rollouts a prompt, so that as many updates as the two have together see each as often as the warmup did."""
+    return warmup["args"]["rollouts_per_prompt"] * -(-(warmup["updates"] + opd["updates"]) // warmup["updates"])
+
+
+def as_many_in_all(data: dict[str, str], warmup: dict) -> int:
+    """Rollouts a labeled problem, as many in all as the warmup has from more prompts."""
+    return -(-lines_of(data["prompts"]) * warmup["args"]["rollouts_per_prompt"] // lines_of(data["labeled"]))
+
+
+FIGURES = {  # what a control's flags take from finished stages: (these, a function of the problem files and their run.json)
+    "bridge_updates": (["bridge_warmup", "bridge"], total("updates")),
+    "bridge_rollouts": (["bridge_warmup", "bridge"], seen_as_often),
+    "own_rollouts": (["bridge_warmup"], as_many_in_all),
+    "bridge_flops": (["teacher_rl", "bridge_warmup", "bridge"], total("flops")),
+    "stage3_updates": (["bridge_grpo"], total("updates")),
+}
+
+
+def before(stage: str, figures: bool = True) -> list[str]:
+    """The stages that a stage starts from, and with `figures` those that its flags take some from."""
     _, models, _, flags = STAGES[stage]
-    names = [name for _, name, _, _ in Formatter().parse(f"{models} {flags}") if name]
-    return [one for name in names for one in SPENT.get(name, (None, [name]))[1] if one in STAGES]
+    names = [name for _, name, _, _ in Formatter().parse(models + (flags if figures else "")) if name]
+    return [one for name in names for one in FIGURES.get(name, ([name],))[0] if one in STAGES]
+
+
+def stages_of(arms: Iterable[str], figures: bool = True) -> list[str]:
+    """The stages of the arms and those before them, in the order of STAGES."""
+    wanted = set(arms)
+    for stage in reversed(STAGES):
+        wanted |= set(before(stage, figures)) if stage in wanted else set()
+    return [stage for stage in STAGES if stage in wanted]
+
+
+def is_within(arm: str) -> bool:
+    """Whether an arm has no more labels than a budget, and runs with each."""
+    return all(STAGES[stage][2] != "heldout" for stage in stages_of([arm]))
 
 
 def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str], Path], seed: int) -> str:
@@ -152,17 +172,9 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
     q = shlex.quote
     script, models, problems, flags = STAGES[stage]
     values = vars(args) | {"teacher": q(args.teacher), "student": q(args.student)} | {one: q(str(at(one))) for one in STAGES}
-    for name, (key, stages_) in SPENT.items():
+    for name, (finished, figure) in FIGURES.items():
         if f"{{{name}}}" in flags:
-            values[name] = sum(run_folder.finished(at(one))[key] for one in stages_)
-    if "{bridge_rollouts}" in flags:  # so many that each is seen as often as in the warmup
-        first, total = run_folder.finished(at("bridge_warmup")), values["bridge_rollouts"]
-        rollouts = first["args"]["rollouts_per_prompt"] * -(-total // first["updates"])
-        values["bridge_rollouts"] = f"--max-steps {total} --rollouts-per-prompt {rollouts}"
-    if "{own_rollouts}" in flags:  # as many in all as the bridge's warmup has, from fewer prompts
-        prompts, own = lines_of(data["prompts"]), lines_of(data["labeled"])
-        rollouts = run_folder.finished(at("bridge_warmup"))["args"]["rollouts_per_prompt"]
-        values["own_rollouts"] = f"--rollouts-per-prompt {-(-prompts * rollouts // own)}"
+            values[name] = figure(data, *(run_folder.finished(at(one)) for one in finished))
     names = ["--model"] if script == "grpo.py" else ["--teacher", "--student"]
     models = " ".join(f"{name} {model.format_map(values)}" for name, model in zip(names, models.split(), strict=True))
     force = " --force" if args.force and script != "grpo.py" else ""
@@ -178,33 +190,41 @@ def depends_on_budget(stage: str, unlabeled: bool) -> bool:
     return own or any(depends_on_budget(one, unlabeled) for one in before(stage))
 
 
-def stages_of(arms: list[str]) -> list[str]:
-    """The stages that the arms need, each behind those it needs."""
-    wanted = {stage for arm in arms for stage in ARMS[arm]}
-    for stage in reversed(STAGES):
-        wanted |= set(before(stage)) if stage in wanted else set()
-    return [stage for stage in STAGES if stage in wanted]
-
-
-def main(args: Args) -> None:
-    # ---- what was typed, for every stage before the first
-    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
-    unlabeled = bool(args.unlabeled_data or (args.labels and embedded))
+def checked_arms(args: Args, unlabeled: bool) -> list[str]:
+    """The arms, all of them spelled out. Raises UsageError for what was typed, before the first stage."""
     require(set(args.arms) <= {*ARMS, "all"}, f"--arms {' '.join(args.arms)}: choose all, or some of {' '.join(ARMS)}")
     arms = [arm for arm in ARMS if unlabeled or arm != "bridge_own_prompts"] if "all" in args.arms else list(args.arms)
     require(unlabeled or "bridge_own_prompts" not in arms, "--arms bridge_own_prompts: needs --unlabeled-data")
     require(bool(args.teacher) == bool(args.student), "--teacher and --student go together; give both or neither")
-    require(not embedded or (args.train_data, args.benchmarks) == (Args.train_data, Args.benchmarks),
+    typed = (args.train_data, args.benchmarks) != (Args.train_data, Args.benchmarks)
+    require(args.teacher or not typed,
             "--train-data and --benchmarks need --teacher and --student; the embedded world has its own")  # fmt: skip
-    require(embedded or args.world == Args.world, f"--world {args.world} is embedded: leave out --teacher and --student")
+    require(not args.teacher or (args.world == Args.world and not args.toy_flags),
+            "--world and --toy-flags are for the embedded worlds: leave out --teacher and --student")  # fmt: skip
     require(all(n > 0 for n in args.labels) and sorted(set(args.labels)) == list(args.labels),
             f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
+    require(len(args.labels) < 2 or any(map(is_within, arms)),
+            f"--labels: {' '.join(arms)} use held-out labels besides and run with one budget; give one")  # fmt: skip
     cli.require_positive(args, "seeds jobs nproc pilot_problems pilot_steps")
-    require(args.pilot_samples >= pilot.GROUP, f"--pilot-samples {args.pilot_samples}: give {pilot.GROUP}, a group, or more")
-    require(not args.pilot or (len(args.labels) < 2 and args.seeds == 1), "--pilot: one budget and one seed at a time")
+    pilot.check(args)
+    return arms
+
+
+def parsed_flags(args: Args, arms: list[str]) -> dict:
+    """{flag that holds flags: the Args that its script makes of them}. Raises UsageError for one that a script lacks."""
+    for script in {STAGES[stage][0] for stage in stages_of(arms)} - {*SCRIPTS.values()}:
+        stages.parsed("opd_flags", script, args.opd_flags)  # a variant has not all of opd.py's
+    return {name: stages.parsed(name, script, getattr(args, name)) for name, script in SCRIPTS.items()}
+
+
+def main(args: Args) -> None:
+    args.out = str(Path(args.out))
+    out, q, embedded = Path(args.out), shlex.quote, not args.teacher
+    unlabeled = bool(args.unlabeled_data or (args.labels and embedded))
+    arms = checked_arms(args, unlabeled)
     if embedded:
         worlds.fill_in(args)
-    typed = {name: stages.parsed(name, script, getattr(args, name)) for name, script in SCRIPTS.items()}
+    typed, names = parsed_flags(args, arms), dataset.benchmark_names(args.benchmarks)
 
     # ---- problems
     if embedded:
@@ -214,7 +234,8 @@ def main(args: Args) -> None:
     else:
         train, heldout = dataset.split_labels(args.train_data, "--train-data", out / "data")
     prompts = args.unlabeled_data or (f"{out}/world/unlabeled.jsonl" if unlabeled else None)
-    data, labeled = budgets.write(args, train, heldout, prompts)
+    graded = make_grader(typed["eval_flags"].grader).uses_labels
+    data, labeled = budgets.write(args, train, heldout, prompts, graded)
     asked = args.labels or (None,)
     if args.pilot:
         pilot.run(args, labeled[: asked[0]], out / "pilot", args.seed)
@@ -229,7 +250,7 @@ def main(args: Args) -> None:
         return (out / f"labels{n}" if n else out) / f"seed{seed}" / stage
 
     # ---- the stages that the arms need; those with held-out labels besides are no part of a budget: once, with the largest
-    within = [arm for arm in arms if all(STAGES[stage][2] != "heldout" for stage in ARMS[arm])]
+    within = [arm for arm in arms if is_within(arm)]
     wanted, at_each = stages_of(arms), stages_of(within)
     runs = [(s, n, seed) for s in wanted for n in asked for seed in seeds if s in at_each or n == asked[-1]]
     runs = dict.fromkeys((at(s, seed, n), s, seed, its_own(s, n)) for s, n, seed in runs)
@@ -243,10 +264,10 @@ def main(args: Args) -> None:
     if dense and not any(run_folder.finished(folder) for folder, *_ in runs):
         models = f"--teacher {q(args.teacher)} --student {q(args.student)}"
         flags = f"--train-data {q(train)} --seed {args.seed} {args.opd_flags}{' --force' if args.force else ''}"
-        stages.call(f"opd.py --preflight-only {models} {flags}")
+        stages.call(f"opd.py --preflight-only {models} {flags}", args.nproc)
 
     # ---- train, then measure the base models and what every stage made
-    tasks, names = {}, [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
+    tasks = {}
     for folder, stage, seed, budget in runs:
         here = partial(at, seed=seed, budget=budget)
         command = partial(command_of, stage, args, data[budget], here, seed)
@@ -263,7 +284,8 @@ def main(args: Args) -> None:
         run = partial(stages.execute, results, f"{names[-1]}/summary.json", lambda c=command: c, args.nproc, log)
         tasks[results] = [folder] if folder in tasks else [], run
     stages.run_all(tasks, jobs)
-    report.write(out, at, list(asked), names, list(seeds), {arm: ARMS[arm] for arm in arms}, wanted, within)
+    rests_on = {arm: stages_of([arm], figures=False) for arm in arms}
+    report.write(out, at, list(asked), names, list(seeds), rests_on, wanted, within)
 
 
 if __name__ == "__main__":

@@ -187,8 +187,7 @@ def main(args: Args) -> None:
     require(args.model, "--model: give a checkpoint to measure, or --compare A B, or --regrade FOLDER")
     cli.require_positive(args, "samples limit max_response_tokens rollout_batch_tokens")
     common.choose_sampler(args, training=False)
-    names = [dataset.benchmark_name(benchmark) for benchmark in args.benchmarks]
-    require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
+    names = dataset.benchmark_names(args.benchmarks)
     require(
         0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0,
         "--temperature must be >= 0 and finite, --top-p in (0, 1], --top-k >= 0",

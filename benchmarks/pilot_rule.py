@@ -137,6 +137,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main(args: Args) -> None:
     cli.require_positive(args, "seeds pilot_problems pilot_steps jobs")
+    pilot.check(bridge.Args(pilot_samples=args.pilot_samples))
     require(args.worlds or args.skills, "--worlds and --skills: nothing to try the rule on; give one of them")
     missing = [world for world in args.worlds if not report_of(world).exists()]
     require(not missing, f"--worlds {' '.join(args.worlds)}: the study of {' '.join(missing)} has not been run")

@@ -7,9 +7,10 @@ from infra import dataset
 from infra.cli import require
 
 
-def write(args, train: str, heldout: str, unlabeled: str | None) -> tuple[dict, list[dataset.Problem]]:
+def write(args, train: str, heldout: str, unlabeled: str | None, graded: bool) -> tuple[dict, list[dataset.Problem]]:
     """({label budget, and None for all labels: {"labeled", "prompts", "heldout": file}}, all labeled problems). Budgets are
-    nested: the first so many. args: bridge.py's; `unlabeled` holds the dense stages' prompts, None: the labeled problems.
+    nested: the first so many. args: bridge.py's; `unlabeled` holds the dense stages' prompts, None: the labeled problems;
+    `graded`: whether the benchmarks need answers.
 
     Raises UsageError where a budget is larger than `train`, and for a benchmark that is not there; one that is trained on
     is said."""
@@ -21,7 +22,7 @@ def write(args, train: str, heldout: str, unlabeled: str | None) -> tuple[dict, 
         prompts = dataset.load_problems(unlabeled, "--unlabeled-data", need_answers=False, answers=False)
         data["prompts"] = dataset.write_problems(folder / "unlabeled.jsonl", prompts, f"--unlabeled-data {unlabeled}")
     for spec in map(dataset.benchmark_spec, args.benchmarks):  # now, not behind days of training
-        measured = dataset.load_problems(spec, "--benchmarks", need_answers=False)
+        measured = dataset.load_problems(spec, "--benchmarks", need_answers=graded)
         dataset.warn_of_overlap([*labeled, *others, *prompts], measured)
     budgets = {None: data}
     for n in args.labels:

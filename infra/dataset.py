@@ -206,3 +206,10 @@ def benchmark_name(spec: str) -> str:
     """Folder name of a benchmark: a file's stem, or the hub spec without its slashes and colons."""
     path = Path(spec)
     return path.stem if path.suffix.lower() in READERS else re.sub("[/:]", "_", spec)
+
+
+def benchmark_names(specs: tuple[str, ...]) -> list[str]:
+    """Folder names of --benchmarks. Raises UsageError where two have the same."""
+    names = [benchmark_name(spec) for spec in specs]
+    require(len(set(names)) == len(names), f"--benchmarks: {' '.join(names)} would share a result folder; rename a file")
+    return names

@@ -47,6 +47,12 @@ NEEDS = {"kl": [], "eval/teacher_probe": ["teacher_probe"], "eval/student_probe"
 NEEDS["student_probe"] = ["teacher_probe"]  # whose FLOPs it gets; the others wait for kl, which checks that the two fit
 
 
+def check(args) -> None:
+    """Raises UsageError for flags of bridge.py that no pilot can go by."""
+    require(args.pilot_samples >= GROUP, f"--pilot-samples {args.pilot_samples}: give {GROUP}, a group, or more")
+    require(not args.pilot or (len(args.labels) < 2 and args.seeds == 1), "--pilot: one budget and one seed at a time")
+
+
 def run(args, labeled: list[dataset.Problem], folder: Path, seed: int) -> dict:
     """The pilot for a budget of the `labeled` problems; what stands in FOLDER/pilot.json.
 

@@ -124,8 +124,9 @@ def write(
     for benchmark in benchmarks[1:]:
         for name, comparison in compared[benchmark].items():
             record["comparisons"][name].setdefault("benchmarks", {})[benchmark] = comparison
-    if budgets != [None]:
-        there = {name: [name] for name in stages if name == "teacher_rl"} | {arm: arms[arm] for arm in within}
+    if budgets != [None] and within:
+        there = {arm: arms[arm] for arm in within}
+        there |= {"teacher_rl": ["teacher_rl"]} if any("teacher_rl" in used for used in there.values()) else {}
         costs = {n: {arm: cost_of(used, n) for arm, used in there.items()} for n in budgets}
         by_budget = {n: {arm: scores_of(last.get(arm, arm), benchmarks[0], n) for arm in there} for n in budgets}
         record |= frontier.frontier(by_budget, costs)

@@ -23,6 +23,7 @@ from infra.digest import digest_of
 from infra.files import read_record
 
 ROOT = Path(__file__).parent.parent
+FORCE = " --force"  # lets a stage begin and changes nothing in it, so it may be given later, or not any more
 LIBC = ctypes.CDLL(None)
 
 
@@ -45,7 +46,7 @@ def call(command: str, nproc: int = 1, log: Path | None = None) -> None:
 def parsed(name: str, script: str, flags: str):
     """The Args of `script` for the `flags` that bridge.py's flag `name` holds. Raises UsageError for one that it does not
     have: before the first stage and not at the last."""
-    args_class = importlib.import_module(script.removesuffix(".py")).Args
+    args_class = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args
     models = [f"--{one.name}=x" for one in fields(args_class) if one.default is MISSING]
     try:
         return tyro.cli(args_class, args=[*models, *shlex.split(flags)])
@@ -71,8 +72,8 @@ def execute(folder: Path, done: str, command: Callable[[], str], nproc: int, log
     if newest:
         record = {"command": typed} | record | read_record(newest / "state.json").get("run", {})
     if finished or newest:
-        was = relocated(record["command"], typed)
-        require(was == typed, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
+        same = relocated(record["command"], typed).replace(FORCE, "") == typed.replace(FORCE, "")
+        require(same, f"{folder}: holds `{record['command']}`; delete it, or choose another --out")
         beside = sorted(folder.glob(f"*/{Path(done).name}")) if "/" in done else []  # of every benchmark
         for one in [record, *map(read_record, beside)]:
             require_same_inputs(folder, typed, one or {})

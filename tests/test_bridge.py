@@ -74,13 +74,16 @@ class NoPretraining:
 def fake(monkeypatch):
     """Replaces subprocess.run; `fake.commands` are the commands run, `fake.fail` the name of a stage that breaks.
 
-    A preflight is not among them: `fake.preflights` holds (its flags, commands before it), `fake.unfit` its exit code."""
-    state, real_run = SimpleNamespace(commands=[], fail=None, preflights=[], unfit=0), subprocess.run
+    A preflight is not among them: `fake.preflights` holds (its flags, commands before it), `fake.unfit` its exit code.
+    `fake.ranks` are the numbers of processes that any of them had."""
+    state, real_run = SimpleNamespace(commands=[], fail=None, preflights=[], unfit=0, ranks=set()), subprocess.run
 
     def run(command, **options):
         if command[0] != sys.executable:  # matplotlib looks for fonts when it is first imported on a machine
             return real_run(command, **options)
-        script, flags = str(Path(command[1]).relative_to(ROOT)), command[2:]
+        ranks = command[1:5] if command[1] == "-m" else []  # -m torch.distributed.run --standalone --nproc_per_node=N
+        state.ranks.add(int(ranks[3].split("=")[1]) if ranks else 1)
+        script, flags = str(Path(command[len(ranks) + 1]).relative_to(ROOT)), command[len(ranks) + 2 :]
         if "--preflight-only" in flags:
             assert script == "opd.py"
             state.preflights.append((flags, len(state.commands)))
@@ -309,15 +312,29 @@ def test_a_finished_folder_that_was_copied_is_accepted(tmp_path, fake, problems,
     ({"arms": ("bridge", "nonsense")}, "--arms bridge nonsense: choose all, or some of base"),
     ({"student": None}, "--teacher and --student go together"),
     ({"teacher": None}, "--teacher and --student go together"),
-    ({"world": "swaps"}, "--world swaps is embedded"),
+    ({"world": "swaps"}, "--world and --toy-flags are for the embedded worlds"),
+    ({"toy_flags": "--arch llama"}, "--world and --toy-flags are for the embedded worlds"),
     ({"stage3_flags": "--max-stepz 4"}, "--stage3-flags '--max-stepz 4': not flags of grpo.py"),
     ({"eval_flags": "--samples many"}, "--eval-flags .*: not flags of eval_math.py"),
     ({"warmup_flags": "--rollouts-per-step 64"}, "train.jsonl: 40 rollouts for the warmup, and a step takes 64"),
     ({"labels": (4, 16)}, "labels4.jsonl: 4 rollouts for the warmup, and a step takes 8"),
+    ({"labels": (8, 16), "arms": ("cold_grpo",)}, "--labels: cold_grpo use held-out labels besides"),
+    ({"arms": ("reward_free",), "opd_flags": "--jsd-beta 0.5"}, "'--jsd-beta 0.5': not flags of variants/opd_sampled.py"),
+    ({"benchmarks": ("math500", "elsewhere/math500.jsonl")}, "math500 math500 would share a result folder"),
+    ({"pilot_samples": 7}, "--pilot-samples 7: give 8"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, fake, problems, changes, message):
     with pytest.raises(UsageError, match=message):
         bridge.main(real(tmp_path, problems, **changes))
+    assert fake.commands == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_force_may_be_given_later_or_not_any_more(tmp_path, fake, problems, first):
+    """It is asked for when the second of two dense stages finds an error."""
+    bridge.main(real(tmp_path, problems, force=first))
+    fake.commands.clear()
+    bridge.main(real(tmp_path, problems, force=not first))
     assert fake.commands == []
 
 
@@ -340,6 +357,15 @@ def test_without_models_the_embedded_world_is_built_and_used(tmp_path, fake):
             )
         if command[0] == "opd.py":
             assert tyro.cli(opd.Args, args=command[1:]).max_steps == 2, "the command line has the last word"
+
+
+@pytest.mark.parametrize("slash", ["{}/", "{}/."])
+def test_a_folder_is_the_same_however_it_is_typed(tmp_path, fake, slash):
+    out = str(tmp_path / "demo")
+    bridge.main(bridge.Args(out=slash.format(out), arms=("bridge",)))
+    fake.commands.clear()
+    bridge.main(bridge.Args(out=out, arms=("bridge",)))
+    assert fake.commands == []
 
 
 def test_another_embedded_world_in_the_same_folder_is_refused(tmp_path, fake):
@@ -476,7 +502,7 @@ def test_a_stage_ends_when_the_driver_is_killed(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- report
 def test_report_json_holds_every_arm_and_stage(tmp_path, fake, problems):
-    benchmarks = [write_jsonl(tmp_path / f"{name}.jsonl", [{"problem": "1*2?"}]) for name in ("b", "other")]
+    benchmarks = [write_jsonl(tmp_path / f"{name}.jsonl", [{"problem": "1*2?", "answer": "2"}]) for name in ("b", "other")]
     bridge.main(real(tmp_path, problems, arms=("all",), benchmarks=tuple(benchmarks)))
     record = json.loads((tmp_path / "run" / "report.json").read_text())
     assert set(record) == {"benchmark", "arms", "stages", "seeds", "comparisons"} and record["benchmark"] == "b"
@@ -503,7 +529,7 @@ def test_labels_that_two_stages_share_are_counted_once(tmp_path, fake, problems)
     bridge.main(real(tmp_path, problems, arms=("bridge_grpo",)))
     shared = tmp_path / "run/seed1"
     shutil.copy(shared / "teacher_rl/labels.json", shared / "bridge_grpo/labels.json")
-    folders = [shared / stage for stage in bridge.ARMS["bridge_grpo"]]
+    folders = [shared / stage for stage in bridge.stages_of(["bridge_grpo"])]
     assert report.cost([folders])["labels_used"] == 40
 
 
@@ -586,6 +612,12 @@ def test_teacher_and_student_are_compared_before_the_first_stage(fake, tmp_path,
     assert tyro.cli(opd.Args, args=flags).preflight_only
     bridge.main(real(tmp_path, problems, opd_flags="--thinking --teacher-thinking", seed=7))
     assert len(fake.preflights) == 1, "with a stage finished, it has passed before"
+
+
+def test_the_preflight_has_as_many_ranks_as_the_stages(fake, tmp_path, problems):
+    bridge.main(real(tmp_path, problems, arms=("bridge",), nproc=2))
+    [(_, before)] = fake.preflights
+    assert before == 0 and fake.ranks == {2}
 
 
 def test_a_pair_that_does_not_fit_costs_no_stage(fake, tmp_path, problems):

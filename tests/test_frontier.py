@@ -91,6 +91,34 @@ def test_no_arm_has_consulted_more_labels_than_its_budget(tmp_path, fake, proble
     assert "![](frontier.png)" in Path(args.out, "report.md").read_text()
 
 
+@pytest.mark.parametrize("arms, at_each", [
+    (("base", "direct_grpo", "bridge_grpo"), ("base", "direct_grpo")),
+    (("direct_grpo", "replay"), ("direct_grpo",)),  # which waits for bridge_grpo's number of updates
+    (("raw_teacher",), ("raw_teacher",)),
+])  # fmt: skip
+def test_arms_with_held_out_labels_run_with_the_largest_budget_alone(tmp_path, fake, problems, unlabeled, arms, at_each):
+    args = real(tmp_path, problems, arms=arms, labels=(8, 16), unlabeled_data=unlabeled)
+    bridge.main(args)
+    record = json.loads(Path(args.out, "report.json").read_text())
+    assert set(record["arms"]) == set(arms) and all(tuple(row) == at_each for row in record["frontier"].values())
+    ran = {Path(folder).name for folder in commands(fake) if "/labels8/" in folder}
+    assert ran == {"direct_grpo"} & set(at_each)
+
+
+def test_one_budget_may_have_held_out_arms_alone(tmp_path, fake, problems, unlabeled):
+    args = real(tmp_path, problems, arms=("bridge_grpo",), labels=(8,), unlabeled_data=unlabeled)
+    bridge.main(args)
+    record = json.loads(Path(args.out, "report.json").read_text())
+    assert "frontier" not in record and record["arms"]["bridge_grpo"]["labels_used"] == 18
+
+
+def test_a_benchmark_without_answers_ends_the_run_before_its_first_stage(tmp_path, fake, problems):
+    benchmark = write_jsonl(tmp_path / "asked.jsonl", [{"problem": "9*9?"}])
+    with pytest.raises(UsageError, match="--benchmarks .*asked.jsonl"):
+        bridge.main(real(tmp_path, problems, benchmarks=(benchmark,)))
+    assert fake.commands == []
+
+
 def test_without_budgets_unlabeled_prompts_serve_the_dense_stages_alone(tmp_path, fake, problems, unlabeled):
     args = real(tmp_path, problems, unlabeled_data=unlabeled)
     bridge.main(args)
@@ -116,7 +144,7 @@ def test_the_unlabeled_set_changes_no_other(tmp_path):
 
 
 def test_problems_to_measure_that_are_trained_on_are_said(tmp_path, fake, problems, unlabeled, capsys):
-    benchmark = write_jsonl(tmp_path / "test.jsonl", [{"problem": p} for p in ("9*9?", "7+2?", "3+1?")])
+    benchmark = write_jsonl(tmp_path / "test.jsonl", [{"problem": p, "answer": "9"} for p in ("9*9?", "7+2?", "3+1?")])
     bridge.main(real(tmp_path, problems, arms=("base",), benchmarks=(benchmark,), unlabeled_data=unlabeled))
     said = capsys.readouterr().out
     assert f"warning: 2 of 3 problems to measure are among those to train on (first: --benchmarks {benchmark}, " in said
