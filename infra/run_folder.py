@@ -225,6 +225,8 @@ class Run:
             shown = f"{watched.split('/')[1]} {metrics.get(watched, float('nan')):.4f}, "
             shown += f"{metrics['charts/response_length']:.0f} tokens, {metrics['charts/tokens_per_sec']:.0f} tok/s"
             self.bar.set_postfix_str(shown, refresh=False)
+        if used := self.used(getattr(self.args, "max_flops", None)):
+            self.bar.total = min(self.total_steps, max(step, round(step / used)))  # as many as those FLOPs will last for
         self.bar.update(step - self.bar.n)
 
     def finish(self, model=None, tokenizer=None, dtype=None, **extra) -> None:

@@ -125,7 +125,11 @@ def test_a_budget_of_flops_ends_the_run_behind_the_step_that_reaches_it(
     fake_grader(mixed_rule)
     whole = run_script("grpo", **grpo(checkpoints, data, max_steps=3))
     bounds = {"max_steps": 9, "max_flops": float(whole.record["flops"]), "eval_every": 9, "eval_data": data}
-    bound = run_script("grpo", **grpo(checkpoints, data, **bounds))
+    make_bar, bars = run_folder.progress_bar, []
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "progress_bar", lambda *a: bars.append(make_bar(*a)) or bars[-1])
+        bound = run_script("grpo", **grpo(checkpoints, data, **bounds))
+    assert (bars[0].n, bars[0].total) == (3, 3), "the bar ends where the FLOPs do, not at --max-steps"
     assert [row["step"] for row in bound.metrics] == [0, 1, 2, 3] and "eval/accuracy" in bound.metrics[3]
     assert bound.record["flops"] == whole.record["flops"]
     a_little_more = run_script("grpo", **grpo(checkpoints, data, **bounds | {"max_flops": whole.record["flops"] + 1.0}))
