@@ -10,8 +10,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
 
     python bridge.py
     python bridge.py --arms all --seeds 3 --out runs/arithmetic
-    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3
-    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --out runs/qwen3 --pilot
+    python bridge.py --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-1.7B --nproc 8 --train-flags=--gradient-checkpointing
 """
 
 import shlex
@@ -22,7 +21,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from infra import budgets, cli, dataset, pilot, report, run_folder, stages, worlds
+from infra import budgets, cli, dataset, parallel, pilot, report, run_folder, stages, worlds
 from infra.cli import require
 from infra.reward import make_grader
 
@@ -94,8 +93,10 @@ class Args:
     arms: tuple[str, ...] = ("base", "direct_grpo", "raw_teacher", "bridge", "bridge_grpo")
     """all, or some of base direct_grpo raw_teacher bridge no_warmup no_opd sft long_grpo bridge_grpo cold_grpo replay
     reward_free; with prompts that are not the labeled problems bridge_own_prompts too"""
+    train_flags: str = ""
+    """more flags for every stage that trains, in one string"""
     teacher_grpo_flags: str = ""
-    """more flags for grpo.py on the teacher, in one string"""
+    """more flags for grpo.py on the teacher"""
     student_grpo_flags: str = ""
     """more flags for grpo.py on the student (direct_grpo)"""
     stage3_flags: str = ""
@@ -205,6 +206,7 @@ def checked_arms(args: Args, unlabeled: bool) -> list[str]:
             f"--labels {' '.join(map(str, args.labels))}: give numbers above 0, the smallest first")  # fmt: skip
     require(len(args.labels) < 2 or any(map(is_within, arms)),
             f"--labels: {' '.join(arms)} use held-out labels besides and run with one budget; give one")  # fmt: skip
+    require(parallel.world_size() == 1, "--nproc: bridge.py starts the ranks itself; give it and leave out torchrun")
     cli.require_positive(args, "seeds jobs nproc pilot_problems pilot_steps")
     pilot.check(args)
     return arms
@@ -222,6 +224,8 @@ def main(args: Args) -> None:
     out, q, embedded = Path(args.out), shlex.quote, not args.teacher
     unlabeled = bool(args.unlabeled_data or (args.labels and embedded))
     arms = checked_arms(args, unlabeled)
+    for name in SCRIPTS.keys() - {"eval_flags", "toy_flags"}:
+        setattr(args, name, f"{args.train_flags} {getattr(args, name)}".strip())
     if embedded:
         worlds.fill_in(args)
     typed, names = parsed_flags(args, arms), dataset.benchmark_names(args.benchmarks)

@@ -78,7 +78,7 @@ class RolloutArgs:
     prompt_column: str | None = None
     """column of the problem's text or chat; none: problem, question or prompt, the first there is"""
     answer_column: str | None = None
-    """column of the reference answer; none: answer, solution or reward_model.ground_truth, the first there is"""
+    """column of the reference answer; none: of answer, solution, reward_model.ground_truth the first that a row has"""
     instruction: str = INSTRUCTION
     """line added after each problem; "" adds none"""
     thinking: bool = False

@@ -7,8 +7,8 @@ distillation (opd.py) to be informative. No reward and no label is used; variant
 do. `--loss ce` is plain cross-entropy on the same rollouts, the SFT control. The authors released no warmup code: batch,
 learning rate and epochs here are this project's.
 
-    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --out ckpt/warmup
-    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --rollouts rollouts.jsonl --loss ce --out ckpt/sft
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --gradient-checkpointing --out ckpt/warmup
+    python fkl_warmup.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --gradient-checkpointing --loss ce --out ckpt/sft
 """
 
 import json

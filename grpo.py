@@ -7,8 +7,8 @@ answer and 0 otherwise, normalises rewards within the group to advantages, and t
 one global token mean. Deviations from the paper: math-verify grades by default (`--grader boxed` is the authors' string
 equality), and the optional KL term is the full-vocabulary one, not a sampled estimate.
 
-    python grpo.py --model Qwen/Qwen3-8B --out ckpt/8b_rl
-    python grpo.py --model Qwen/Qwen3-1.7B --train-data openai/gsm8k:main --eval-data openai/gsm8k:main:test --eval-every 20
+    torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen3-8B --gradient-checkpointing --out ckpt/8b_rl
+    python grpo.py --model Qwen/Qwen3-1.7B --gradient-checkpointing --train-data openai/gsm8k:main
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,8 @@ sampling. No reward and no label is used; variants/opd_weighted.py has token wei
 states are cached, not its logits: 8 KB a token for an 8B teacher instead of 304 KB. Deviation from the authors' code: the
 loss is a mean over all tokens of the batch, not a mean of micro-batch means.
 
-    python opd.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B
-    python opd.py --teacher ckpt/8b_rl --student ckpt/warmup --train-data problems.jsonl --out ckpt/bridge
+    python opd.py --teacher ckpt/8b_rl --student Qwen/Qwen3-1.7B --gradient-checkpointing
+    python opd.py --teacher ckpt/8b_rl --student ckpt/warmup --gradient-checkpointing --out ckpt/bridge
 """
 
 from dataclasses import dataclass

@@ -43,6 +43,11 @@ class Problem:
         return f"{self.text}\n[after {hashlib.sha256(earlier.encode()).hexdigest()[:12]}]"
 
 
+def text_of(key: str) -> str:
+    """The text of the problem that has this key."""
+    return re.sub(r"\n\[after [0-9a-f]{12}\]$", "", key)
+
+
 def digest(problems: list[Problem]) -> str:
     """16 hex digits that stand for the problems with their earlier messages and answers, in order."""
     return hashlib.sha256(json.dumps([(p.key, p.answer) for p in problems]).encode()).hexdigest()[:16]

@@ -176,7 +176,7 @@ def regrade(args, grade, figures) -> None:
     needed. grade and figures: those of eval_math.py."""
     for folder in find_results(args.regrade, "--regrade").values():
         rows, summary, _lock = open_finished(folder)
-        problems = [dataset.Problem(row["problem"], (), row["answer"]) for row in rows]
+        problems = [dataset.Problem(dataset.text_of(row["problem"]), (), row["answer"]) for row in rows]
         grades, counted = grade(args, [row["response"] for row in rows], problems)
         changed = [k for k, row in enumerate(rows) if row["reward"] != grades[k]]
         graded = [row | {"reward": reward} for row, reward in zip(rows, grades, strict=True)]

@@ -134,8 +134,8 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 
 
 def evaluation_page(name: str, rows: list[dict], samples: int, tokens_of=None) -> str:
-    """The page of one benchmark: a response of each of some problems, those with wrong answers first, from the hardest to
-    the easiest. rows: as in generations.jsonl, `samples` of each problem in a row. tokens_of(k): texts and surprisals (nats)
+    """The page of one benchmark: some responses, wrong ones from the hardest problem on, then right ones from the easiest
+    on. rows: as in generations.jsonl, `samples` of each problem in a row. tokens_of(k): texts and surprisals (nats)
     of the tokens of row k; without it the text stands without colours."""
     right = [sum(row["reward"] for row in rows[first : first + samples]) for first in range(0, len(rows), samples)]
     order = sorted(range(len(right)), key=lambda i: right[i])

@@ -329,6 +329,21 @@ def test_bad_flags_are_refused(tmp_path, fake, problems, changes, message):
     assert fake.commands == []
 
 
+def test_flags_for_every_stage_stand_before_its_own(tmp_path, fake, problems):
+    flags = {"train_flags": "--gradient-checkpointing --save-every 7", "opd_flags": "--save-every 9"}
+    bridge.main(real(tmp_path, problems, arms=("all",), **flags))
+    for command in commands_of(fake).values():
+        args, has_opd_flags = parse(command), command[0] in ("opd.py", "variants/opd_sampled.py")
+        assert args.gradient_checkpointing and args.save_every == (9 if has_opd_flags else 7)
+
+
+def test_under_torchrun_the_driver_refuses(tmp_path, fake, problems, monkeypatch):
+    monkeypatch.setattr(bridge.parallel, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="--nproc: bridge.py starts the ranks itself"):
+        bridge.main(real(tmp_path, problems))
+    assert fake.commands == []
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_force_may_be_given_later_or_not_any_more(tmp_path, fake, problems, first):
     """It is asked for when the second of two dense stages finds an error."""

@@ -185,12 +185,19 @@ def fences(text: str):
 
 
 def commands(path: str) -> list[list[str]]:
-    """[script, words of its command line] of every `python FILE.py`, `python -m infra.MODULE` and `torchrun ... FILE.py` in
-    a page's bash blocks (the first two also in code spans) or a docstring. my_opd.py is a reader's copy of opd.py."""
+    """[script, words of its command line] of every command of `launched`."""
+    return [command for _, command in launched(path)]
+
+
+def launched(path: str) -> list[tuple[list[str], list[str]]]:
+    """(what starts it, [script, words of its command line]) of every `python FILE.py`, `python -m infra.MODULE` and
+    `torchrun ... FILE.py` in a page's bash blocks (the first two also in code spans) or a docstring. my_opd.py is a reader's
+    copy of opd.py."""
     text = read(path)
     if path.endswith(".py"):
         docstring = ast.get_docstring(ast.parse(text)) or ""
-        lines = re.findall(r"^ {4}(python \S.*?)(?: {3,}.*)?$", docstring, re.MULTILINE)  # an explanation may follow
+        command = r"^ {4}((?:python|torchrun) \S.*?)(?: {3,}.*)?$"  # an explanation may follow
+        lines = re.findall(command, docstring, re.MULTILINE)
     else:
         blocks = [block for kind, block in fences(text) if kind == "bash"]
         prose = re.sub(r"^```[\s\S]*?^```$", "", text, flags=re.MULTILINE)
@@ -202,7 +209,7 @@ def commands(path: str) -> list[list[str]]:
             words = ["python", f"{words[2].replace('.', '/')}.py", *words[3:]]
         place = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
         if place and (words[0] == "torchrun" or place == 1):
-            found.append([re.sub(r"\bmy_", "", words[place]), *words[place + 1 :]])
+            found.append((words[:place], [re.sub(r"\bmy_", "", words[place]), *words[place + 1 :]]))
     return found
 
 

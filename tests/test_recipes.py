@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_docs
 import tyro
 from conftest import ROOT, SCRIPTS
 from test_plan import CONFIGS
@@ -127,6 +128,37 @@ def test_every_stage_fits_the_hardware_beside_it(recipe, commands, monkeypatch, 
     largest = max(peaks, key=peaks.get)
     assert peaks[largest] <= memory
     assert expected == f"{peaks[largest]:.1f} GB in `{Path(largest).name}`", peaks
+
+
+@pytest.mark.slow
+def test_every_command_of_the_pages_fits_gpus_of_80_gb(monkeypatch, tmp_path):
+    """As many as its torchrun names, one without: what a reader types first is refused by no plan."""
+    check = plan.check
+
+    def check_and_stop(args, work):
+        check(args, work)
+        raise InterruptedError
+
+    monkeypatch.setattr(plan, "check", check_and_stop)
+    monkeypatch.setattr(plan, "activation_bytes", activation_bytes)
+    pages = [*test_docs.PAGES, "grpo.py", "fkl_warmup.py", "opd.py"]
+    found = [(page, *one) for page in pages for one in test_docs.launched(page)]
+    monkeypatch.chdir(tmp_path)
+    models = CONFIGS | {"ckpt/8b_rl": CONFIGS["Qwen/Qwen3-8B"]}
+    models |= {f"ckpt/{name}": CONFIGS["Qwen/Qwen3-1.7B"] for name in ("warmup", "bridge", "opd")}
+    for name, config in models.items():
+        config.save_pretrained(name)
+    seen = set()
+    for page, launcher, (script, *words) in found:
+        name = script.removesuffix(".py")
+        if name not in ("grpo", "fkl_warmup", "opd") or not set(words) & set(models) or "--plan" in words:
+            continue
+        gpus = int(after(launcher, "--nproc_per_node")) * int(after(launcher, "--nnodes"))
+        args = tyro.cli(SCRIPTS[name].Args, args=words)
+        with pytest.raises(InterruptedError):
+            SCRIPTS[name].main(replace(args, plan_gpu=f"{gpus}x80GB" if gpus > 1 else "80GB"))
+        seen.add(page)
+    assert {"README.md", "docs/scaling.md", "docs/lora.md", "grpo.py", "fkl_warmup.py", "opd.py"} <= seen
 
 
 def after(words: list[str], flag: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from test_ledger import grpo
 
+import eval_math
 from infra.cli import UsageError
 from infra.dataset import Problem
 from infra.reward import OwnReward, make_grader
@@ -44,6 +45,18 @@ def test_a_function_gets_what_it_names(own):
     assert OwnReward(f"{own}:everything").grade(["", ""], problems) == [4.1, 5.2]
     assert not OwnReward(f"{own}:brevity").uses_labels and OwnReward(f"{own}:matches").uses_labels
     assert make_grader("math").uses_labels
+
+
+def test_grading_again_gives_a_reward_the_problem_without_its_key(own, run_script, checkpoints, tmp_path):
+    """The key of a problem behind a system prompt has a digest of that at its end."""
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"}]
+    data = write_jsonl(tmp_path / "chat.jsonl", [{"prompt": chat, "answer": "2"}, {"prompt": "2+2?", "answer": "4"}])
+    few = {"samples": 2, "max_response_tokens": 4, "grader": f"{own}:everything"}
+    run = run_script("eval_math", model=checkpoints.student, benchmarks=(data,), **few)
+    first = read_jsonl(run.out / "chat/generations.jsonl")
+    assert "[after " in first[0]["problem"] and [row["reward"] for row in first] == [4.1] * 4
+    eval_math.main(eval_math.Args(regrade=str(run.out), grader=f"{own}:everything"))
+    assert read_jsonl(run.out / "chat/generations.jsonl") == first
 
 
 @pytest.mark.parametrize("spec, message", [
