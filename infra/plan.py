@@ -114,7 +114,9 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         whole = sizes.root if sharded else 0  # the fused losses read a whole head
         state[name] = (sizes.params / S + whole) * compute
     if getattr(args, "offload_teacher", False) and hw.cuda:  # but for its head, it waits in the CPU's memory
-        state["teacher"] = work.frozen["teacher"].root * compute
+        teacher = work.frozen["teacher"]
+        stays = teacher.root if sharded else teacher.config.vocab_size * teacher.config.hidden_size
+        state["teacher"] = stays * compute
 
     rollout = state | rollout_bytes(args, work, hw, compute, sharded, length)
     tokens = min(args.micro_batch_tokens, work.responses * length)

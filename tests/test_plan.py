@@ -130,6 +130,14 @@ def test_a_gpu_that_is_a_little_too_small_is_refused(hub, monkeypatch):
         check(args(gradient_checkpointing=True, sampler="hf", plan_gpu=f"{need - 0.5:.1f}GB"))
 
 
+@pytest.mark.parametrize("gpus, stays", [("80GB", 151936 * 4096), ("8x80GB", 2 * 151936 * 4096 + 4096)])
+def test_of_an_offloaded_teacher_the_head_stays(hub, monkeypatch, gpus, stays):
+    """With several GPUs all that is gathered with the head: the embedding and the last norm."""
+    monkeypatch.chdir(hub)
+    phases = plans(args(gradient_checkpointing=True, sampler="hf", offload_teacher=True, plan_gpu=gpus))[2]
+    assert phases["train"]["teacher"] == 2 * stays
+
+
 def test_the_plan_counts_what_waits_in_the_cpu_s_memory(hub, monkeypatch):
     monkeypatch.chdir(hub)
     work, hw, _ = plans(args())
