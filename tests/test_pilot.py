@@ -313,6 +313,16 @@ def test_hits_misses_and_regret_are_counted_by_rule():
     assert "| always the bridge | 1 | 1 | 1 | 0.0667 |" in text
 
 
+def test_pilot_md_shows_the_recorded_points():
+    record = json.loads((ROOT / "benchmarks/results/pilot_rule.json").read_text())
+    shown = pilot_rule.markdown(record["points"]).split("\n\n")[-1]
+    assert record["totals"] == pilot_rule.totals(record["points"]) and shown in (ROOT / "docs/pilot.md").read_text()
+    for row in record["points"]:
+        study = json.loads((ROOT / f"benchmarks/results/{row['world']}_labels.json").read_text())
+        for arm in pilot_rule.ARMS:
+            assert row[arm] == study["frontier"][str(row["labels"])][arm]["by_seed"][row["seed"] - 1]
+
+
 def test_every_budget_and_seed_of_a_study_is_asked_about(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(pilot_rule, "ROOT", tmp_path)
     study, reports = tmp_path / "rule/swaps", tmp_path / "benchmarks/results"
