@@ -14,7 +14,7 @@ runs on an embedded world of toy.py, on a laptop CPU.
 """
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ def before(stage: str, figures: bool = True) -> list[str]:
     return [one for name in names for one in FIGURES.get(name, ([name],))[0] if one in STAGES]
 
 
-def stages_of(arms: Iterable[str], figures: bool = True) -> list[str]:
+def stages_of(arms: list[str], figures: bool = True) -> list[str]:
     """The stages of the arms and those before them, in the order of STAGES."""
     wanted = set(arms)
     for stage in reversed(STAGES):
@@ -186,9 +186,7 @@ def command_of(stage: str, args: Args, data: dict[str, str], at: Callable[[str],
 
 def depends_on_budget(stage: str, unlabeled: bool) -> bool:
     """Whether a stage, or one before it, reads the labeled problems; else one run of it serves all label budgets."""
-    problems = STAGES[stage][2]
-    own = problems == "labeled" or (problems == "prompts" and not unlabeled)
-    return own or any(depends_on_budget(one, unlabeled) for one in before(stage))
+    return any(STAGES[one][2] in (("labeled",) if unlabeled else ("labeled", "prompts")) for one in stages_of([stage]))
 
 
 def checked_arms(args: Args, unlabeled: bool) -> list[str]:
@@ -247,7 +245,7 @@ def main(args: Args) -> None:
     seeds, jobs = range(args.seed, args.seed + args.seeds), args.jobs or 1
 
     def its_own(stage, budget):  # None where one run serves all budgets
-        return budget if stage in STAGES and depends_on_budget(stage, unlabeled) else None
+        return budget if depends_on_budget(stage, unlabeled) else None
 
     def at(stage, seed, budget):
         n = its_own(stage, budget)

@@ -100,64 +100,63 @@ def activation_bytes(args, sizes, *shape, count=plan.activation_bytes, known={})
     return known[key] if key in known else known.setdefault(key, count(args, sizes, *shape))
 
 
-@pytest.mark.slow
-def test_every_stage_fits_the_hardware_beside_it(recipe, commands, monkeypatch, tmp_path):
-    """Each command is run up to its own check of the plan, with configs written out for the hub ids."""
-    hardware, expected, *_ = documented(recipe)
-    gpus, memory = map(int, re.match(r"(\d+) × (\d+) GB", hardware).groups())
-    check, peaks = plan.check, {}
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """`planned(script, args, launcher, gigabytes)` runs a script up to its own check of the plan, which refuses what a user
+    would be refused: (GPUs, GB that each needs). It does so in a folder with the configs of the hub ids."""
+    check, peaks = plan.check, []
 
     def check_and_stop(args, work):
-        check(args, work)  # refuses what a user would be refused
-        peaks[args.out] = plan.peak_bytes(plan.estimate(args, work, plan.Hardware.find(args))) / plan.GB
+        check(args, work)
+        peaks.append(plan.peak_bytes(plan.estimate(args, work, plan.Hardware.find(args))) / plan.GB)
         raise InterruptedError
 
     monkeypatch.setattr(plan, "check", check_and_stop)
     monkeypatch.setattr(plan, "activation_bytes", activation_bytes)
     monkeypatch.chdir(tmp_path)
-    models = dict(CONFIGS)
-    for name, config in models.items():
+    for name, config in CONFIGS.items():
         config.save_pretrained(name)
+
+    def run(script, args, launcher, gigabytes):
+        gpus = int(after(launcher, "--nproc_per_node")) * int(after(launcher, "--nnodes"))
+        with pytest.raises(InterruptedError):
+            SCRIPTS[script].main(replace(args, plan_gpu=f"{gpus}x{gigabytes}GB"))
+        return gpus, peaks[-1]
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_stage_fits_the_hardware_beside_it(recipe, commands, planned):
+    """With configs written out for what each command leaves."""
+    hardware, expected, *_ = documented(recipe)
+    gpus, memory = map(int, re.match(r"(\d+) × (\d+) GB", hardware).groups())
+    models, peaks = dict(CONFIGS), {}
     for script, args, launcher in scripts(commands):
         if script != "eval_math":
-            assert gpus == int(after(launcher, "--nproc_per_node")) * int(after(launcher, "--nnodes"))
             models[args.out] = models[args.model if script == "grpo" else args.student]
             models[args.out].save_pretrained(args.out)
-            with pytest.raises(InterruptedError):
-                SCRIPTS[script].main(replace(args, plan_gpu=f"{gpus}x{memory}GB"))
+            used, peaks[args.out] = planned(script, args, launcher, memory)
+            assert used == gpus
     largest = max(peaks, key=peaks.get)
     assert peaks[largest] <= memory
     assert expected == f"{peaks[largest]:.1f} GB in `{Path(largest).name}`", peaks
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_fits_gpus_of_80_gb(monkeypatch, tmp_path):
+def test_every_command_of_the_pages_fits_gpus_of_80_gb(planned):
     """As many as its torchrun names, one without: what a reader types first is refused by no plan."""
-    check = plan.check
-
-    def check_and_stop(args, work):
-        check(args, work)
-        raise InterruptedError
-
-    monkeypatch.setattr(plan, "check", check_and_stop)
-    monkeypatch.setattr(plan, "activation_bytes", activation_bytes)
-    pages = [*test_docs.PAGES, "grpo.py", "fkl_warmup.py", "opd.py"]
-    found = [(page, *one) for page in pages for one in test_docs.launched(page)]
-    monkeypatch.chdir(tmp_path)
     models = CONFIGS | {"ckpt/8b_rl": CONFIGS["Qwen/Qwen3-8B"]}
     models |= {f"ckpt/{name}": CONFIGS["Qwen/Qwen3-1.7B"] for name in ("warmup", "bridge", "opd")}
     for name, config in models.items():
         config.save_pretrained(name)
     seen = set()
-    for page, launcher, (script, *words) in found:
-        name = script.removesuffix(".py")
-        if name not in ("grpo", "fkl_warmup", "opd") or not set(words) & set(models) or "--plan" in words:
-            continue
-        gpus = int(after(launcher, "--nproc_per_node")) * int(after(launcher, "--nnodes"))
-        args = tyro.cli(SCRIPTS[name].Args, args=words)
-        with pytest.raises(InterruptedError):
-            SCRIPTS[name].main(replace(args, plan_gpu=f"{gpus}x80GB" if gpus > 1 else "80GB"))
-        seen.add(page)
+    for page in [*test_docs.PAGES, "grpo.py", "fkl_warmup.py", "opd.py"]:
+        for launcher, (file, *words) in test_docs.launched(page):
+            script = file.removesuffix(".py")
+            if script in ("grpo", "fkl_warmup", "opd") and set(words) & set(models) and "--plan" not in words:
+                planned(script, tyro.cli(SCRIPTS[script].Args, args=words), launcher, 80)
+                seen.add(page)
     assert {"README.md", "docs/scaling.md", "docs/lora.md", "grpo.py", "fkl_warmup.py", "opd.py"} <= seen
 
 
