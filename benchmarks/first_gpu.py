@@ -163,7 +163,8 @@ def parameters(folder: Path) -> int:
 
 def command(words: list[str], limit: float) -> str:
     """What a command prints. Raises RuntimeError with its last lines."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=limit, cwd=ROOT, env=environment)
     if done.returncode:
         raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-15:]))
@@ -192,7 +193,7 @@ def kernels_against_float64(out: Path, limit: float) -> dict:
 def kernels_speed(tiny: bool):
     def run(out: Path, limit: float) -> dict:
         sizes = ["--tokens", "32", "--vocab", "512", "--rounds", "1", "--no-memory"] if tiny else ["--rounds", "5"]
-        contestants = ["--contestants", "ours", "naive", "products"]
+        contestants = ["--contestants", "ours", "naive", "products"] if tiny else []  # all: a peer not installed is reported
         text = command([sys.executable, "benchmarks/kernels.py", *sizes, *contestants], limit)
         return {"summary": json.loads(text.strip().splitlines()[-1])}
 
@@ -212,13 +213,17 @@ def real_model(dry: bool):
 
 def parts(out: Path, dry: bool) -> list:
     """[(name, limit in seconds, function)]."""
-    tiny = ["--max-response-tokens", 16, "--micro-batch-tokens", 512, "--rollout-batch-tokens", 4096]
-    large = ["--max-response-tokens", 512, "--micro-batch-tokens", 16384, "--gradient-checkpointing"]
+    tiny = ["--micro-batch-tokens", 512, "--rollout-batch-tokens", 4096]
+    large = ["--micro-batch-tokens", 16384, "--gradient-checkpointing"]
     data = ["--train-data", out / "problems.jsonl", "--max-steps", 3, "--save-every", 0, *(tiny if dry else large)]
     small, middle = out / "models" / ("tiny" if dry else "0.6B"), out / "models" / ("tiny" if dry else "1.7B")
     pair, rows = {"student": small, "teacher": middle}, 8 if dry else 64
     grpo = ["--prompts-per-step", rows // 4, "--minibatch-prompts", rows // 4, "--group-size", 4, "--kl-coef", 0.01]
     opd, fkl = ["--prompts-per-step", rows], ["--rollouts-per-step", rows]
+
+    def sampled_by(sampler: str) -> list:
+        return ["--sampler", sampler, "--max-response-tokens", 16 if dry else {"hf": 256, "vllm": 512}[sampler]]
+
     found = [
         ("machine", 60, machine),
         ("kernels_float64", 240, kernels_against_float64),
@@ -226,17 +231,17 @@ def parts(out: Path, dry: bool) -> list:
     ]
     samplers = ["hf"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
     for sampler in samplers:
-        flags = [*data, "--sampler", sampler]
+        flags = [*data, *sampled_by(sampler)]
         found += [
             script_part(f"opd_{sampler}", "opd.py", pair, flags + opd, 240, rows),
             script_part(f"grpo_{sampler}", "grpo.py", {"model": small}, flags + grpo, 240, rows),
             script_part(f"fkl_warmup_{sampler}", "fkl_warmup.py", pair, flags + fkl, 240, rows),
         ]
-    offload = [*data, "--sampler", "hf", *opd, "--offload-teacher"]
+    offload = [*data, *sampled_by("hf"), *opd, "--offload-teacher"]
     found.append(script_part("opd_offload", "opd.py", pair, offload, 240, rows))
     if not dry and torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 70e9:
         big = {"student": out / "models" / "1.7B", "teacher": out / "models" / "8B"}
-        found.append(script_part("opd_8b", "opd.py", big, [*data, "--sampler", samplers[-1], *opd], 420, rows))
+        found.append(script_part("opd_8b", "opd.py", big, [*data, *sampled_by(samplers[-1]), *opd], 420, rows))
     return found + [("real_model", 540, real_model(dry))]
 
 
