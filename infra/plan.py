@@ -94,10 +94,12 @@ class Workload:
     responses: int  # a step
     updates: int = 1  # optimizer steps a step
     cached: bool = False  # the frozen model's hidden states wait in CPU memory
+    all_at_once: bool = False  # all problems are answered before the first step, not a step's at a time
 
 
 def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
-    """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too."""
+    """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too; where
+    the teacher samples also evaluate: --eval-data is answered by the student, always with hf."""
     compute, master = compute_bytes(args, hw), 8 if args.dtype == "float64" else 4
     sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
     length, adapters = PROMPT_TOKENS + args.max_response_tokens, args.lora_rank * work.trained.rank_one
@@ -144,6 +146,8 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     if getattr(args, "offload_teacher", False):
         teacher = work.frozen["teacher"]
         phases["score"] = state | {"teacher": (2 * teacher.layer if sharded else teacher.params) * compute}
+    if args.eval_data and work.sampled is not work.trained:
+        phases["evaluate"] = state | hf_bytes(args, work, work.trained, args.rollout_batch_tokens, compute, sharded, length)
     if uses_vllm(args, hw):
         sleeps = hw.cuda and args.vllm_sleep
         share = vllm_bytes(args, work, hw, sum(rollout.values()) if sleeps else peak_bytes(phases))
@@ -170,18 +174,25 @@ def resident_bytes() -> float:
 
 
 def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: bool, length: int) -> dict[str, float]:
-    """What the sampler takes while it samples."""
+    """What the sampler takes while it samples; vLLM's share comes by itself."""
     if uses_vllm(args, hw):
         return {}
-    tokens = min(args.rollout_batch_tokens, -(-work.responses // hw.gpus) * length)
+    tokens = args.rollout_batch_tokens
+    if not (work.all_at_once or args.eval_data):  # else there are, for all that is known, as many prompts as a batch takes
+        tokens = min(tokens, -(-work.responses // hw.gpus) * length)
+    return hf_bytes(args, work, work.sampled, tokens, compute, sharded, length)
+
+
+def hf_bytes(args, work: Workload, sizes: Sizes, tokens: int, compute: int, sharded: bool, length: int) -> dict[str, float]:
+    """What the hf sampler takes for a batch of so many tokens, each response of `length`."""
     parts = {
-        "gathered weights": work.sampled.params * compute if sharded else 0,
-        "key-value cache": tokens * work.sampled.kv * compute,
-        "probabilities": max(tokens // length, 1) * work.sampled.config.vocab_size * 32,  # float32 and float64 of a row
+        "gathered weights": sizes.params * compute if sharded else 0,
+        "key-value cache": tokens * sizes.kv * compute,
+        "probabilities": max(tokens // length, 1) * sizes.config.vocab_size * 32,  # float32 and float64 of a row
     }
-    if work.sampled is work.trained and args.lora_rank:
+    if sizes is work.trained and args.lora_rank:
         parts["merged copy of the weights"] = (work.trained.params - work.trained.root) * compute
-    elif compute == 2 and not sharded and work.sampled is work.trained:
+    elif compute == 2 and not sharded and sizes is work.trained:
         parts["bfloat16 copy of the weights"] = work.trained.params * 2  # autocast's
     return parts
 

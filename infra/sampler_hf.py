@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from infra import lora, parallel
 from infra.models import autocast, compute_device
 from infra.sampler import Response, Sampler, eos_token_ids, make_response, random_numbers, vocabulary_size
+from kernels.linear import project
 
 
 class GrowingLayer(DynamicLayer):
@@ -137,6 +138,7 @@ class HFSampler(Sampler):
             lora.merged(self.model, self.dtype),
             autocast(self.device, self.dtype),
         ):
+            self.head = self._head()
             while order:
                 rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
                 row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
@@ -146,7 +148,16 @@ class HFSampler(Sampler):
                     [prompts[i] for i in rows], [(*seeds[i], j) for i in rows for j in range(n)], progress
                 )
                 finished(rows, batch)  # a batch is kept whole or not at all: without it the later ones are the same
+        self.head = None
         self.model.train(was_training)
+
+    def _head(self) -> torch.Tensor | None:
+        """The head (V, H) for logits in float32, as the trainer's losses compute them. The model's own are rounded to its
+        compute dtype, in bfloat16 by up to 1/16 where they are above 16: another policy than is trained. None: those."""
+        if self.dtype != torch.bfloat16:
+            return None
+        # as in kernels/linear.py: a CPU has no bfloat16 product with a float32 result
+        return self.model.get_output_embeddings().weight.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
         """One response per seed: as many for each prompt, in a row."""
@@ -206,12 +217,11 @@ class HFSampler(Sampler):
         return [make_response(row[:length], logp[:length], cut, self.tokenizer_size) for row, logp, length, cut in columns]
 
     def _forward(self, input_ids, mask, position, cache):
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]  # (rows, V)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        if self.head is None:
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]  # (rows, V)
+        forward = getattr(self.model, "hooked_base_model", self.model.base_model)
+        hidden = forward(**inputs, use_cache=True).last_hidden_state[:, -1]
+        with torch.autocast(self.device.type, enabled=False):
+            logits = hidden.new_empty(len(hidden), len(self.head), dtype=torch.float32)
+            return project(hidden.to(self.head.dtype), self.head, logits)

@@ -174,6 +174,22 @@ def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path):
     assert sum(size for *_, size in seen[-2:]) == planned  # of both layers
 
 
+def test_hf_batches_are_a_step_s_unless_all_problems_or_the_evaluation_s_are_answered(hub, monkeypatch):
+    """fkl_warmup.py's teacher answers all problems before the first step: on a GPU it took half as much again as planned."""
+    monkeypatch.chdir(hub)
+    base = {"sampler": "hf", "prompts_per_step": 4, "max_response_tokens": 100}
+    work, hw, phases = plans(args(**base))
+    token = work.sampled.kv * 2
+    assert phases["rollout"]["key-value cache"] == 4 * (plan.PROMPT_TOKENS + 100) * token
+    whole = 131072 * token
+    assert plans(args(**base, eval_data="dev.jsonl"))[2]["rollout"]["key-value cache"] == whole
+    of_all = plan.estimate(args(**base), replace(work, all_at_once=True), hw)
+    assert of_all["rollout"]["key-value cache"] == whole and "evaluate" not in of_all
+    by_teacher = replace(work, sampled=work.frozen["teacher"])
+    evaluated = plan.estimate(args(plan_gpu="80GB", eval_data="dev.jsonl"), by_teacher, hw)
+    assert evaluated["evaluate"]["key-value cache"] == whole  # the student's own, though vLLM samples the rollouts
+
+
 def test_more_gpus_take_less_memory_each(hub, monkeypatch):
     monkeypatch.chdir(hub)
     arguments = args(gradient_checkpointing=True)

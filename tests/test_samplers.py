@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import toy
-from infra import batches, sampler_hf
+from infra import batches, models, sampler_hf
 from infra.sampler_hf import GrowingLayer, HFSampler
 
 EOS = toy.ID["<|im_end|>"]
@@ -271,6 +271,23 @@ def test_bfloat16_compute_over_float32_weights():
     model = random_model()
     sampler = HFSampler(model, toy.make_tokenizer(), torch.bfloat16, max_response_tokens=12)
     assert_logprobs(model, PROMPTS, sampler.sample(PROMPTS, 2), 2, tolerance=0.3)
+
+
+def test_bfloat16_logits_are_not_rounded_to_it():
+    """The trainer's losses compute them in float32; of logits around 100, bfloat16 keeps every half."""
+    model = random_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    sampler = HFSampler(model, toy.make_tokenizer(), torch.bfloat16, max_response_tokens=1, temperature=20)
+    prompts = [prompt for prompt in PROMPTS if len(prompt) == 6]
+    responses = sampler.sample(prompts, 4)
+    with torch.no_grad(), models.autocast(sampler.device, torch.bfloat16):
+        hidden = model.base_model(input_ids=torch.tensor(prompts)).last_hidden_state[:, -1]
+    logits = hidden.double() @ model.lm_head.weight.double().T  # (prompts, V)
+    assert logits.abs().max() > 100
+    log_p = torch.log_softmax(logits / 20, -1)
+    for k, response in enumerate(responses):
+        assert abs(response.sampler_logprobs[0] - log_p[k // 4, response.ids[0]]) < 1e-4
 
 
 def test_a_response_is_cut_before_an_id_beyond_the_tokenizer_and_counted():

@@ -86,7 +86,7 @@ def main(args: Args) -> None:
     require(0 <= args.reward_weight <= 1, f"--reward-weight {args.reward_weight}: must lie between 0 (off) and 1")
     student, teacher = plan.Sizes.read(args.student, "--student"), plan.Sizes.read(args.teacher, "--teacher")
     work = {"trained": student, "frozen": {"teacher": teacher}, "sampled": teacher, "responses": args.rollouts_per_step}
-    plan.check(args, plan.Workload(**work))
+    plan.check(args, plan.Workload(**work, all_at_once=not args.rollouts))
 
     # ---- problems and prompts
     grader = make_grader(args.grader)  # for --eval-data, --reward-weight and the samples
