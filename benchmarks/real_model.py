@@ -4,7 +4,8 @@ itself or in GRPO on its teacher and the bridge?
 
 The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
 layers, healed by fkl_warmup.py on the teacher's responses to problems of which no label is used. The problems are word
-problems of one addition or subtraction behind one solved line, 60 tokens in all; a response is right if its last number is.
+problems of one addition or subtraction behind one solved line, 60 tokens in all; a response, of at most 32, is right if its last
+number is. (At 16 the teacher's own answers are cut, and on a GPU one of six learned not to end at all.)
 The bridge's dense stages have prompts of their own, without answers. No two numbers of a test problem are added, or one
 subtracted from the other, in any other split.
 
