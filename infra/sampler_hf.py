@@ -25,32 +25,33 @@ from kernels.linear import project
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer that writes into a buffer with room to spare, where DynamicLayer copies the whole cache per token."""
+    """A cache layer with a buffer for `capacity` tokens a row, where DynamicLayer copies the whole cache per token."""
 
-    ROOM = 64  # tokens
-
-    def lazy_initialization(self, key_states, value_states):
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-        self.buffers = [None, None]
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.buffers = capacity, [None, None]
 
     def update(self, key_states, value_states, *args, **kwargs):
         key_states = key_states.to(value_states.dtype)  # norms and rotary embeddings give float32 keys under autocast
-        if not self.is_initialized:
+        if not self.is_initialized:  # the prompts
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = self._append(0, self.keys, key_states)
+            self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.buffers = [None, None]  # freed a layer at a time, so that there are never two caches
 
     def _append(self, which: int, cached, new):  # (rows, heads, length, D), (rows, heads, q, D)
         length, total = cached.shape[-2], cached.shape[-2] + new.shape[-2]
-        buffer = self.buffers[which]
-        if buffer is None or buffer.data_ptr() != cached.data_ptr() or buffer.shape[-2] < total:  # or rows were chosen
-            buffer = new.new_empty(*new.shape[:-2], total + self.ROOM, new.shape[-1])
-            buffer[..., :length, :] = cached
-            self.buffers[which] = buffer
-        buffer[..., length:total, :] = new
-        return buffer[..., :total, :]
+        if self.buffers[which] is None:
+            self.buffers[which] = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1])
+            self.buffers[which][..., :length, :] = cached
+        self.buffers[which][..., length:total, :] = new
+        return self.buffers[which][..., :total, :]
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -172,7 +173,7 @@ class HFSampler(Sampler):
         padded = not bool(mask.all())
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, P)
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [GrowingLayer(P + T) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         logits = self._forward(input_ids, mask if padded else None, position, cache).repeat_interleave(n, 0)  # (B*n, V)
         cache.batch_repeat_interleave(n)
         mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)

@@ -170,10 +170,10 @@ def test_top_k_and_top_p_restrict_the_support(options):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_growing_layer_equals_dynamic_layer(n):
-    """Prefill, repeat for n responses, append one by one past the spare room, drop rows in between."""
+    """Prefill, repeat for n responses, append one by one until the buffer is full, drop rows in between."""
     torch.manual_seed(0)
-    layers, rows = [GrowingLayer(), DynamicLayer()], 4
-    for step in range(2 * GrowingLayer.ROOM + 10):
+    layers, rows = [GrowingLayer(5 + 99), DynamicLayer()], 4
+    for step in range(100):
         new = torch.randn(2, rows, 2, 5 if step == 0 else 1, 8)
         for one in zip(*[layer.update(*new) for layer in layers], strict=True):
             assert torch.equal(*one)
@@ -192,7 +192,7 @@ def test_growing_layer_equals_dynamic_layer(n):
 def test_growing_layer_notices_rows_chosen_back_to_their_first_number():
     """Two prompts, two responses each, and the first prompt's both end at once: two rows again, but not the same two."""
     torch.manual_seed(0)
-    layers = [GrowingLayer(), DynamicLayer()]
+    layers = [GrowingLayer(7), DynamicLayer()]
     for length in (5, 1, 1):
         new = torch.randn(2, 2, 2, length, 8)
         for one in zip(*[layer.update(*new) for layer in layers], strict=True):
