@@ -15,6 +15,7 @@ import tyro
 from conftest import ROOT, SCRIPTS, write_jsonl
 
 import bridge
+import toy
 from benchmarks import pilot_rule
 from infra import dataset, pilot, stages
 from infra.cli import UsageError
@@ -201,7 +202,7 @@ def test_the_share_is_unbiased_for_a_problem_of_any_difficulty():
     assert shares.mean() == pytest.approx(1 - p**8 - (1 - p) ** 8, abs=3 * shares.std() / 20_000**0.5)
 
 
-def test_the_models_figures_by_hand(tmp_path, fake, problems):
+def test_the_models_figures_recorded(tmp_path, fake, problems):
     fake.right |= {"teacher_base": 16, "student_base": 1}
     bridge.main(asked(tmp_path, problems))
     models = record_of(tmp_path)["models"]
@@ -317,8 +318,15 @@ def test_pilot_md_shows_the_recorded_points():
     record = json.loads((ROOT / "benchmarks/results/pilot_rule.json").read_text())
     shown = pilot_rule.markdown(record["points"]).split("\n\n")[-1]
     assert record["totals"] == pilot_rule.totals(record["points"]) and shown in (ROOT / "docs/pilot.md").read_text()
-    for row in record["points"]:
+    recorded = [row for row in record["points"] if row["skill"] == toy.Args.student_skill]
+    assert [(row["skill"], row["labels"]) for row in record["points"] if row not in recorded] == [
+        (0.6, 64), (0.6, 256), (0.9, 64), (0.9, 256)
+    ], "the studies that the benchmark makes itself"  # fmt: skip
+    assert len(recorded) == 2 * 6 * 3, "worlds, budgets, seeds of the recorded ones"
+    for row in recorded:
         study = json.loads((ROOT / f"benchmarks/results/{row['world']}_labels.json").read_text())
+        difference = study["frontier_differences"][str(row["labels"])]["long_grpo < bridge"]
+        assert row["truth"] == pilot.recommend(difference["ci95"])
         for arm in pilot_rule.ARMS:
             assert row[arm] == study["frontier"][str(row["labels"])][arm]["by_seed"][row["seed"] - 1]
 
