@@ -55,7 +55,7 @@ DIFFERENCES = (
     "{name} has {a} {items} and gives away {b}. How many {items} are left?",
     "There are {a} {items} in a box. {name} takes {b}. How many {items} remain?",
 )
-SOLVED = ("4 pears and 5 more?", "4 + 5 = 9")  # behind it the teacher answers in a line, and 0.21 of its answers are right
+SOLVED = ("4 pears and 5 more?", "4 + 5 = 9")  # behind it the teacher answers in a line, about a quarter of them right
 
 
 @dataclass
@@ -144,7 +144,8 @@ def main(args: Args) -> None:
 
     def run(command, **environment):
         print(f"$ python {command}", flush=True)
-        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env={**os.environ, **environment})
+        words, env = [sys.executable, *shlex.split(command)], {**os.environ, **environment}
+        done = subprocess.run(words, cwd=ROOT, env=env, preexec_fn=stages.end_with_parent)
         if done.returncode:  # it has said why
             sys.exit(done.returncode)
 

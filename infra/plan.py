@@ -146,8 +146,9 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     if getattr(args, "offload_teacher", False):
         teacher = work.frozen["teacher"]
         phases["score"] = state | {"teacher": (2 * teacher.layer if sharded else teacher.params) * compute}
-    if args.eval_data and work.sampled is not work.trained:
-        phases["evaluate"] = state | hf_bytes(args, work, work.trained, args.rollout_batch_tokens, compute, sharded, length)
+    if args.eval_every and work.sampled is not work.trained:
+        batch = args.rollout_batch_tokens
+        phases["evaluate"] = state | hf_bytes(args, work, hw, work.trained, batch, compute, sharded, length)
     if uses_vllm(args, hw):
         sleeps = hw.cuda and args.vllm_sleep
         share = vllm_bytes(args, work, hw, sum(rollout.values()) if sleeps else peak_bytes(phases))
@@ -178,22 +179,26 @@ def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: boo
     if uses_vllm(args, hw):
         return {}
     tokens = args.rollout_batch_tokens
-    if not (work.all_at_once or args.eval_data):  # else there are, for all that is known, as many prompts as a batch takes
+    if not (work.all_at_once or args.eval_every):  # else there are, for all that is known, as many prompts as a batch takes
         tokens = min(tokens, -(-work.responses // hw.gpus) * length)
-    return hf_bytes(args, work, work.sampled, tokens, compute, sharded, length)
+    tokens = max(tokens, getattr(args, "group_size", 1) * length)  # a prompt is answered in one batch
+    return hf_bytes(args, work, hw, work.sampled, tokens, compute, sharded, length)
 
 
-def hf_bytes(args, work: Workload, sizes: Sizes, tokens: int, compute: int, sharded: bool, length: int) -> dict[str, float]:
+def hf_bytes(args, work: Workload, hw: Hardware, sizes: Sizes, tokens, compute, sharded, length) -> dict[str, float]:
     """What the hf sampler takes for a batch of so many tokens, each response of `length`."""
+    whole, trained = sizes.params * compute, sizes is work.trained
     parts = {
-        "gathered weights": sizes.params * compute if sharded else 0,
+        "gathered weights": whole if sharded else 0,
         "key-value cache": tokens * sizes.kv * compute,
         "probabilities": max(tokens // length, 1) * sizes.config.vocab_size * 32,  # float32 and float64 of a row
     }
-    if sizes is work.trained and args.lora_rank:
+    if compute == 2 and not hw.cuda and (sharded or args.lora_rank or not trained):  # else the head is float32 itself
+        parts["float32 head"] = sizes.config.vocab_size * sizes.config.hidden_size * 4
+    if trained and args.lora_rank:
         parts["merged copy of the weights"] = (work.trained.params - work.trained.root) * compute
-    elif compute == 2 and not sharded and sizes is work.trained:
-        parts["bfloat16 copy of the weights"] = work.trained.params * 2  # autocast's
+    elif trained and compute == 2 and not sharded:
+        parts["bfloat16 copy of the weights"] = whole  # autocast's
     return parts
 
 

@@ -25,7 +25,8 @@ from kernels.linear import project
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer with a buffer for `capacity` tokens a row, where DynamicLayer copies the whole cache per token."""
+    """A cache layer with a buffer for `capacity` tokens a row, where DynamicLayer copies the whole cache per token. Rows may
+    be repeated behind the prompts, and chosen at any time."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -110,7 +111,7 @@ class HFSampler(Sampler):
         self.model, self.dtype, self.device = model, dtype, compute_device(model)
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
         self.tokenizer_size = vocabulary_size(tokenizer)
-        self.canary_logprob_diff = 0.0  # the weights are the trainer's
+        self.canary_logprob_diff, self.head = 0.0, None  # the weights are the trainer's
         self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0
         self.warpers = LogitsProcessorList()
@@ -138,8 +139,8 @@ class HFSampler(Sampler):
             torch.inference_mode(),
             lora.merged(self.model, self.dtype),
             autocast(self.device, self.dtype),
+            self._float32_logits(),
         ):
-            self.head = self._head()
             while order:
                 rows = [order.pop()]  # longest first: the first batch is the largest, so running out of memory is early
                 row_tokens = n * (len(prompts[rows[0]]) + self.max_response_tokens)
@@ -149,16 +150,20 @@ class HFSampler(Sampler):
                     [prompts[i] for i in rows], [(*seeds[i], j) for i in rows for j in range(n)], progress
                 )
                 finished(rows, batch)  # a batch is kept whole or not at all: without it the later ones are the same
-        self.head = None
         self.model.train(was_training)
 
-    def _head(self) -> torch.Tensor | None:
-        """The head (V, H) for logits in float32, as the trainer's losses compute them. The model's own are rounded to its
-        compute dtype, in bfloat16 by up to 1/16 where they are above 16: another policy than is trained. None: those."""
-        if self.dtype != torch.bfloat16:
-            return None
-        # as in kernels/linear.py: a CPU has no bfloat16 product with a float32 result
-        return self.model.get_output_embeddings().weight.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+    @contextlib.contextmanager
+    def _float32_logits(self):
+        """Within, `head` is the matrix (V, H) for logits in float32, as the trainer's losses compute them. The model's own are
+        rounded to bfloat16, by up to 1/16 from 16 to 32: another policy than is trained. None in the other dtypes."""
+        if self.dtype == torch.bfloat16:
+            head = self.model.get_output_embeddings().weight
+            # as in kernels/linear.py: a CPU has no bfloat16 product with a float32 result
+            self.head = head.to(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        try:
+            yield
+        finally:
+            self.head = None
 
     def _sample_batch(self, prompts, seeds, progress) -> list[Response]:
         """One response per seed: as many for each prompt, in a row."""

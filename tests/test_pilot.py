@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from conftest import ROOT, SCRIPTS, write_jsonl
 import bridge
 import toy
 from benchmarks import pilot_rule
-from infra import dataset, pilot, stages
+from infra import dataset, pilot, stages, worlds
 from infra.cli import UsageError
 
 RIGHT = {"teacher_base": 4, "student_base": 2, "teacher_probe": 12, "student_probe": 6}  # of 16 answers to each problem
@@ -318,13 +319,11 @@ def test_pilot_md_shows_the_recorded_points():
     record = json.loads((ROOT / "benchmarks/results/pilot_rule.json").read_text())
     shown = pilot_rule.markdown(record["points"]).split("\n\n")[-1]
     assert record["totals"] == pilot_rule.totals(record["points"]) and shown in (ROOT / "docs/pilot.md").read_text()
-    recorded = [row for row in record["points"] if row["skill"] == toy.Args.student_skill]
-    assert [(row["skill"], row["labels"]) for row in record["points"] if row not in recorded] == [
-        (0.6, 64), (0.6, 256), (0.9, 64), (0.9, 256)
-    ], "the studies that the benchmark makes itself"  # fmt: skip
-    assert len(recorded) == 2 * 6 * 3, "worlds, budgets, seeds of the recorded ones"
-    for row in recorded:
-        study = json.loads((ROOT / f"benchmarks/results/{row['world']}_labels.json").read_text())
+    expected = {(world, 0.8): 6 * 3 for world in worlds.WORLDS} | {("arithmetic", 0.6): 2, ("arithmetic", 0.9): 2}
+    assert Counter((row["world"], row["skill"]) for row in record["points"]) == expected, "budgets x seeds"
+    for row in record["points"]:
+        study = row["world"] if row["skill"] == toy.Args.student_skill else f"skill{row['skill']}"
+        study = json.loads((ROOT / f"benchmarks/results/{study}_labels.json").read_text())
         difference = study["frontier_differences"][str(row["labels"])]["long_grpo < bridge"]
         assert row["truth"] == pilot.recommend(difference["ci95"])
         for arm in pilot_rule.ARMS:

@@ -11,6 +11,7 @@ import tyro
 from conftest import ROOT, SCRIPTS, planned_and_used, random_model, saved_activations
 from transformers import LlamaConfig, Qwen3Config
 
+import grpo
 import opd
 import toy
 from infra import plan, sampler_hf
@@ -182,12 +183,21 @@ def test_hf_batches_are_a_step_s_unless_all_problems_or_the_evaluation_s_are_ans
     token = work.sampled.kv * 2
     assert phases["rollout"]["key-value cache"] == 4 * (plan.PROMPT_TOKENS + 100) * token
     whole = 131072 * token
-    assert plans(args(**base, eval_data="dev.jsonl"))[2]["rollout"]["key-value cache"] == whole
+    assert plans(args(**base, eval_data="x", eval_every=9))[2]["rollout"]["key-value cache"] == whole
+    assert plans(args(**base, eval_data="x"))[2]["rollout"] == phases["rollout"], "which evaluates nothing"
     of_all = plan.estimate(args(**base), replace(work, all_at_once=True), hw)
     assert of_all["rollout"]["key-value cache"] == whole and "evaluate" not in of_all
     by_teacher = replace(work, sampled=work.frozen["teacher"])
-    evaluated = plan.estimate(args(plan_gpu="80GB", eval_data="dev.jsonl"), by_teacher, hw)
+    evaluated = plan.estimate(args(plan_gpu="80GB", eval_data="x", eval_every=9), by_teacher, hw)
     assert evaluated["evaluate"]["key-value cache"] == whole  # the student's own, though vLLM samples the rollouts
+
+
+def test_a_prompt_s_answers_are_one_batch_however_small_the_flag(hub, monkeypatch):
+    monkeypatch.chdir(hub)
+    arguments = grpo.Args(model="Qwen/Qwen3-1.7B", sampler="hf", rollout_batch_tokens=1, max_response_tokens=100)
+    sizes, hw = plan.Sizes.read(arguments.model, "--model"), plan.Hardware.find(arguments)
+    planned = plan.rollout_bytes(arguments, plan.Workload(sizes, {}, sizes, 64), hw, 2, False, plan.PROMPT_TOKENS + 100)
+    assert planned["key-value cache"] == arguments.group_size * (plan.PROMPT_TOKENS + 100) * sizes.kv * 2
 
 
 def test_more_gpus_take_less_memory_each(hub, monkeypatch):
