@@ -154,7 +154,7 @@ class HFSampler(Sampler):
 
     @contextlib.contextmanager
     def _float32_logits(self):
-        """Within, `head` is the matrix (V, H) for logits in float32, as the trainer's losses compute them. The model's own are
+        """Within, `head` is the matrix (V, H) for float32 logits, as the losses compute them. The model's own are
         rounded to bfloat16, by up to 1/16 from 16 to 32: another policy than is trained. None in the other dtypes."""
         if self.dtype == torch.bfloat16:
             head = self.model.get_output_embeddings().weight
