@@ -343,8 +343,14 @@ class StopRules:
             )
 
     def if_truncated(self, step: int, truncated_frac: float) -> None:
-        """Stop after --stop-patience steps in a row with a truncated_frac above --stop-truncated-frac (0: never)."""
+        """Stop after --stop-patience steps in a row with a truncated_frac above --stop-truncated-frac (0: never). At the
+        first step say that the limit is too short for what is sampled, if it is."""
         bound, patience = self.args.stop_truncated_frac, self.args.stop_patience
+        if step == 1 and truncated_frac > 0.5 and parallel.rank() == 0:
+            print(
+                f"warning: {truncated_frac:.0%} of the first step's responses do not end within --max-response-tokens "
+                f"{self.args.max_response_tokens}: raise it"
+            )
         self.steps_truncated = self.steps_truncated + 1 if bound and truncated_frac > bound else 0
         if bound and self.steps_truncated >= patience:
             self.stop(

@@ -180,14 +180,16 @@ def test_a_resumed_run_has_used_up_some_of_its_patience(train, tmp_path):
     assert len(read_jsonl(out / "metrics.jsonl")) == first + 1
 
 
-def test_the_patience_starts_again_after_a_good_step(tmp_path):
+def test_the_patience_starts_again_after_a_good_step(capsys):
     stops = []
     rules = object.__new__(run_folder.StopRules)
-    rules.args = type("Args", (), {"stop_truncated_frac": 0.5, "stop_patience": 2})
+    rules.args = type("Args", (), {"stop_truncated_frac": 0.5, "stop_patience": 2, "max_response_tokens": 8})
     rules.steps_truncated, rules.stop = 0, stops.append
     for step, frac in enumerate((0.6, 0.5, 0.6, 0.4, 0.6), 1):
         rules.if_truncated(step, frac)
     assert stops == [], "exactly at the bound is not above it"
+    warning = "warning: 60% of the first step's responses do not end within --max-response-tokens 8: raise it\n"
+    assert capsys.readouterr().out == warning, "once, and only at the first step"
     rules.if_truncated(6, 0.6)
     assert len(stops) == 1 and stops[0].startswith("step 6: ")
 
