@@ -64,10 +64,11 @@ class Args:
     """a regular expression: parts to run"""
 
 
-def write_model(folder: Path, tiny: bool) -> None:
+def write_model(folder: Path) -> None:
     """A Qwen3 of the shape that the folder is named after, with random weights, and a tokenizer of bytes whose other ids are
     words that no text has."""
-    shape, vocab, head_dim = folder.name, 512 if tiny else 151936, 32 if tiny else 128
+    shape = folder.name
+    vocab, head_dim = (512, 32) if shape == "tiny" else (151936, 128)
     hidden, layers, heads, intermediate, tied = SHAPES[shape]
     config = Qwen3Config(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=min(heads, 8) // 2 * 2,
@@ -303,6 +304,6 @@ if __name__ == "__main__":
         sys.argv = sys.argv[3:]
         measure(path, script)
     elif sys.argv[1:2] == ["--write"]:
-        write_model(Path(sys.argv[2]), tiny=sys.argv[2].endswith("tiny"))
+        write_model(Path(sys.argv[2]))
     else:
         main(tyro.cli(Args, description=__doc__))
