@@ -111,7 +111,8 @@ class HFSampler(Sampler):
         self.model, self.dtype, self.device = model, dtype, compute_device(model)
         self.pad_id, self.max_response_tokens, self.batch_tokens = tokenizer.pad_token_id, max_response_tokens, batch_tokens
         self.tokenizer_size = vocabulary_size(tokenizer)
-        self.canary_logprob_diff, self.head = 0.0, None  # the weights are the trainer's
+        self.canary_logprob_diff = 0.0  # the weights are the trainer's
+        self.head = None  # of _float32_logits
         self.eos_ids = torch.tensor(eos_token_ids(model.generation_config.eos_token_id, tokenizer), device=self.device)
         self.greedy = temperature == 0
         self.warpers = LogitsProcessorList()
