@@ -62,12 +62,16 @@ def head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hardware:
     gpus: int
     bytes: float  # memory of one
     shards: int  # ranks that one copy of a model is spread over
     cuda: bool
+
+    @property
+    def sharded(self) -> bool:
+        return self.shards > 1
 
     @staticmethod
     def find(args) -> "Hardware":
@@ -101,8 +105,8 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     """{phase: {what: bytes}} per GPU. The phases of a step are rollout and train, with --offload-teacher score too; where
     the teacher samples also evaluate: --eval-data is answered by the student, always with hf."""
     compute, master = compute_bytes(args, hw), 8 if args.dtype == "float64" else 4
-    sharded, S, P = hw.shards > 1, hw.shards, work.trained.params
-    length, adapters = PROMPT_TOKENS + args.max_response_tokens, args.lora_rank * work.trained.rank_one
+    sharded, S, P = hw.sharded, hw.shards, work.trained.params
+    length, adapters = full_length(args), args.lora_rank * work.trained.rank_one
     learned, frozen = adapters or P, dict(work.frozen)
     state = {
         "before any tensor": CUDA_CONTEXT if hw.cuda else resident_bytes(),
@@ -120,7 +124,7 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         stays = teacher.root if sharded else teacher.config.vocab_size * teacher.config.hidden_size
         state["teacher"] = stays * compute
 
-    rollout = state | rollout_bytes(args, work, hw, compute, sharded, length)
+    rollout = state | rollout_bytes(args, work, hw)
     tokens = min(args.micro_batch_tokens, work.responses * length)
     rows = max(tokens // length, 1)
     config = work.trained.config
@@ -128,7 +132,7 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
     width = max([sizes.config.hidden_size for sizes in work.frozen.values()], default=0)
     train = state | {
         "gradients": learned * master / S,
-        "activations": activation_bytes(args, work.trained, compute, sharded, rows, tokens // rows),
+        "activations": activation_bytes(args, work.trained, hw, rows, tokens // rows),
         "head's gradient": 0 if adapters else head * 4 + (head * compute if sharded else 0),
         "logits' workspace": min(WORKSPACE_BYTES["cuda" if hw.cuda else "cpu"], 3 * tokens * config.vocab_size * 4),
         "hidden states": tokens * config.hidden_size * 4 * 2,
@@ -147,14 +151,18 @@ def estimate(args, work: Workload, hw: Hardware) -> dict[str, dict[str, float]]:
         teacher = work.frozen["teacher"]
         phases["score"] = state | {"teacher": (2 * teacher.layer if sharded else teacher.params) * compute}
     if args.eval_every and work.sampled is not work.trained:
-        batch = args.rollout_batch_tokens
-        phases["evaluate"] = state | hf_bytes(args, work, hw, work.trained, batch, compute, sharded, length)
+        phases["evaluate"] = state | hf_bytes(args, work, hw, work.trained, args.rollout_batch_tokens)
     if uses_vllm(args, hw):
         sleeps = hw.cuda and args.vllm_sleep
         share = vllm_bytes(args, work, hw, sum(rollout.values()) if sleeps else peak_bytes(phases))
         for parts in phases.values():
             parts["vLLM"] = GRAPHS if sleeps and parts is not rollout else share
     return phases
+
+
+def full_length(args) -> int:
+    """Tokens of a prompt and the longest response."""
+    return PROMPT_TOKENS + args.max_response_tokens
 
 
 def compute_bytes(args, hw: Hardware) -> int:
@@ -174,24 +182,25 @@ def resident_bytes() -> float:
         return 0.4 * GB
 
 
-def rollout_bytes(args, work: Workload, hw: Hardware, compute: int, sharded: bool, length: int) -> dict[str, float]:
+def rollout_bytes(args, work: Workload, hw: Hardware) -> dict[str, float]:
     """What the sampler takes while it samples; vLLM's share comes by itself."""
     if uses_vllm(args, hw):
         return {}
-    tokens = args.rollout_batch_tokens
+    tokens, length = args.rollout_batch_tokens, full_length(args)
     if not (work.all_at_once or args.eval_every):  # else there are, for all that is known, as many prompts as a batch takes
         tokens = min(tokens, -(-work.responses // hw.gpus) * length)
     tokens = max(tokens, getattr(args, "group_size", 1) * length)  # a prompt is answered in one batch
-    return hf_bytes(args, work, hw, work.sampled, tokens, compute, sharded, length)
+    return hf_bytes(args, work, hw, work.sampled, tokens)
 
 
-def hf_bytes(args, work: Workload, hw: Hardware, sizes: Sizes, tokens, compute, sharded, length) -> dict[str, float]:
-    """What the hf sampler takes for a batch of so many tokens, each response of `length`."""
-    whole, trained = sizes.params * compute, sizes is work.trained
+def hf_bytes(args, work: Workload, hw: Hardware, sizes: Sizes, tokens: int) -> dict[str, float]:
+    """What the hf sampler takes for a batch of so many tokens, all of its responses of full length."""
+    compute, sharded, trained = compute_bytes(args, hw), hw.sharded, sizes is work.trained
+    whole = sizes.params * compute
     parts = {
         "gathered weights": whole if sharded else 0,
         "key-value cache": tokens * sizes.kv * compute,
-        "probabilities": max(tokens // length, 1) * sizes.config.vocab_size * 32,  # float32 and float64 of a row
+        "probabilities": max(tokens // full_length(args), 1) * sizes.config.vocab_size * 32,  # float32 and float64 of a row
     }
     if compute == 2 and not hw.cuda and (sharded or args.lora_rank or not trained):  # else the head is float32 itself
         parts["float32 head"] = sizes.config.vocab_size * sizes.config.hidden_size * 4
@@ -215,7 +224,7 @@ def vllm_bytes(args, work: Workload, hw: Hardware, others: float) -> float:
         return work.sampled.params * compute_bytes(args, hw) + (512 << 20)
     if args.vllm_gpu_memory_utilization is not None:
         return args.vllm_gpu_memory_utilization * hw.bytes
-    length = PROMPT_TOKENS + args.max_response_tokens
+    length = full_length(args)
     least = vllm_fixed_bytes(args, work, hw) + length * vllm_token_bytes(args, work, hw)
     left = min(hw.bytes * (1 - RESERVE) - others, 0.9 * hw.bytes)
     return max(math.floor(100 * left / hw.bytes), math.ceil(100 * least / hw.bytes)) / 100 * hw.bytes
@@ -247,15 +256,16 @@ def host_bytes(args, work: Workload, hw: Hardware) -> dict[str, float]:
     if not hw.cuda:
         return parts
     if getattr(args, "offload_teacher", False):
-        parts["teacher, pinned"] = work.frozen["teacher"].params * compute / hw.shards * (1 if hw.shards > 1 else 4 / 3)
+        parts["teacher, pinned"] = work.frozen["teacher"].params * compute / hw.shards * (1 if hw.sharded else 4 / 3)
     if work.cached:
         width = max(sizes.config.hidden_size for sizes in work.frozen.values())
         parts["teacher's hidden states, pinned"] = work.responses * args.max_response_tokens * width * compute / hw.gpus
     return parts
 
 
-def activation_bytes(args, sizes: Sizes, compute: int, sharded: bool, rows: int, length: int) -> float:
+def activation_bytes(args, sizes: Sizes, hw: Hardware, rows: int, length: int) -> float:
     """What autograd keeps of one micro-batch of rows x length tokens: counted on models of one and two layers."""
+    compute, sharded = compute_bytes(args, hw), hw.sharded
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[compute]
     saved = [saved_bytes(sizes.config, dtype, sharded, rows, length, layers, args.lora_rank) for layers in (1, 2)]
     layer, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
@@ -352,7 +362,7 @@ def vllm_shortage(args, work: Workload, hw: Hardware, phases) -> str | None:
     if not (hw.cuda and uses_vllm(args, hw)):
         return None
     share, weights = phases["rollout"]["vLLM"], work.sampled.params * compute_bytes(args, hw) / args.vllm_tp
-    tokens, length = vllm_cache_tokens(args, work, hw, phases), PROMPT_TOKENS + args.max_response_tokens
+    tokens, length = vllm_cache_tokens(args, work, hw, phases), full_length(args)
     if tokens >= length:
         return None
     return (
@@ -376,7 +386,7 @@ def advice(args, work: Workload, hw: Hardware) -> str:
         dropped = [flag for flag, value in new.items() if value is None]
         return " ".join(["with", *given] * bool(given) + ["without", *dropped] * bool(dropped))
 
-    length = PROMPT_TOKENS + args.max_response_tokens
+    length = full_length(args)
     smaller = {
         "micro_batch_tokens": min(args.micro_batch_tokens, length),
         "rollout_batch_tokens": min(args.rollout_batch_tokens, 4 * length),
@@ -406,9 +416,9 @@ def advice(args, work: Workload, hw: Hardware) -> str:
 
 def render(args, work: Workload, hw: Hardware, phases: dict[str, dict[str, float]]) -> str:
     """The plan as text."""
-    length = PROMPT_TOKENS + args.max_response_tokens
+    length = full_length(args)
     tokens = work.responses * length
-    lines = [f"{hw.gpus} x {hw.bytes / GB:.0f} GB" + (f", one copy of each model over {hw.shards}" if hw.shards > 1 else "")]
+    lines = [f"{hw.gpus} x {hw.bytes / GB:.0f} GB" + (f", one copy of each model over {hw.shards}" if hw.sharded else "")]
     models = {"trained": work.trained} | work.frozen
     sizes_of = {name: f"{name} {sizes.params / 1e9:.3f} B parameters" for name, sizes in models.items()}
     if args.lora_rank:

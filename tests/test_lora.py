@@ -260,7 +260,8 @@ def test_counted_activations_are_those_that_autograd_saves(tmp_path, checkpointi
         models.enable_gradient_checkpointing(model)
     saved = saved_activations(model)
     args = grpo.Args(model=str(tmp_path), lora_rank=4, gradient_checkpointing=checkpointing)
-    counted = plan.activation_bytes(args, plan.Sizes.read(tmp_path, "--model"), 4, False, rows=3, length=40)
+    hw = plan.Hardware(gpus=1, bytes=1e9, shards=1, cuda=False)
+    counted = plan.activation_bytes(args, plan.Sizes.read(tmp_path, "--model"), hw, rows=3, length=40)
     if checkpointing:  # autograd keeps the inputs; the plan adds the one layer that backward computes anew
         assert saved < counted < 3 * saved + 5 * 3 * 40 * 64 * 4 * 12
     else:

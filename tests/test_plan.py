@@ -67,7 +67,8 @@ def test_counted_activations_are_those_that_autograd_saves(arch, tied, tmp_path)
     model = random_model(arch, tied, num_hidden_layers=5).requires_grad_()
     model.save_pretrained(tmp_path)
     saved = saved_activations(model)
-    counted = plan.activation_bytes(args(), plan.Sizes.read(tmp_path, "--student"), 4, False, rows=3, length=40)
+    hw = plan.Hardware(gpus=1, bytes=80e9, shards=1, cuda=True)
+    counted = plan.activation_bytes(args(dtype="float32"), plan.Sizes.read(tmp_path, "--student"), hw, rows=3, length=40)
     assert counted == pytest.approx(saved, rel=0.1)
 
 
@@ -149,7 +150,7 @@ def test_the_plan_counts_what_waits_in_the_cpu_s_memory(hub, monkeypatch):
     assert offloaded == pytest.approx(sum(n * 2 ** (2 * size - 1).bit_length() for n, size in matrices), rel=0.05)
 
 
-def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path):
+def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path, monkeypatch):
     """In bfloat16 over float32 weights: keys are float32 behind their norm and rotation, and were cached so."""
     model = random_model()
     model.save_pretrained(tmp_path)
@@ -167,10 +168,12 @@ def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path):
         patch.setattr(sampler_hf, "GrowingLayer", Seen)
         sampler.sample([[22, 1, 10, 2, 16, 23]] * 3, 2)
     length = 6 + 9 - 1  # the last id is never read
-    arguments = args(dtype="bfloat16", sampler="hf", rollout_batch_tokens=6 * length, plan_gpu="1GB")
+    monkeypatch.setattr(plan, "PROMPT_TOKENS", 6)
+    given = {"max_response_tokens": length - 6, "rollout_batch_tokens": 6 * length}
+    arguments = args(dtype="bfloat16", sampler="hf", plan_gpu="1GB", **given)
     sizes = plan.Sizes.read(tmp_path, "--student")
     work = plan.Workload(trained=sizes, frozen={}, sampled=sizes, responses=6)
-    planned = plan.rollout_bytes(arguments, work, plan.Hardware.find(arguments), 2, False, length)["key-value cache"]
+    planned = plan.rollout_bytes(arguments, work, plan.Hardware.find(arguments))["key-value cache"]
     assert {(k, v) for k, v, _ in seen} == {(torch.bfloat16, torch.bfloat16)}
     assert sum(size for *_, size in seen[-2:]) == planned  # of both layers
 
@@ -194,9 +197,10 @@ def test_hf_batches_are_a_step_s_unless_all_problems_or_the_evaluation_s_are_ans
 
 def test_a_prompt_s_answers_are_one_batch_however_small_the_flag(hub, monkeypatch):
     monkeypatch.chdir(hub)
-    arguments = grpo.Args(model="Qwen/Qwen3-1.7B", sampler="hf", rollout_batch_tokens=1, max_response_tokens=100)
+    given = {"dtype": "bfloat16", "sampler": "hf", "rollout_batch_tokens": 1, "max_response_tokens": 100}
+    arguments = grpo.Args(model="Qwen/Qwen3-1.7B", **given)
     sizes, hw = plan.Sizes.read(arguments.model, "--model"), plan.Hardware.find(arguments)
-    planned = plan.rollout_bytes(arguments, plan.Workload(sizes, {}, sizes, 64), hw, 2, False, plan.PROMPT_TOKENS + 100)
+    planned = plan.rollout_bytes(arguments, plan.Workload(sizes, {}, sizes, 64), hw)
     assert planned["key-value cache"] == arguments.group_size * (plan.PROMPT_TOKENS + 100) * sizes.kv * 2
 
 
