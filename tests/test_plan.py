@@ -164,9 +164,8 @@ def test_the_hf_sampler_s_cache_is_the_planned_one(tmp_path, monkeypatch):
             seen.append((keys.dtype, values.dtype, keys.nbytes + values.nbytes))
             return keys, values
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_hf, "GrowingLayer", Seen)
-        sampler.sample([[22, 1, 10, 2, 16, 23]] * 3, 2)
+    monkeypatch.setattr(sampler_hf, "GrowingLayer", Seen)
+    sampler.sample([[22, 1, 10, 2, 16, 23]] * 3, 2)
     length = 6 + 9 - 1  # the last id is never read
     monkeypatch.setattr(plan, "PROMPT_TOKENS", 6)
     given = {"max_response_tokens": length - 6, "rollout_batch_tokens": 6 * length}
