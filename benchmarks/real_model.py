@@ -27,9 +27,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
@@ -37,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from infra import stages  # noqa: E402
+from infra.bootstrap import bootstrap_ci95, verdict  # noqa: E402
 
 # isort: split
 # behind infra: transformers has another meaning for the name `kernels`
@@ -133,6 +136,27 @@ def write_problems(out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def by_sum(scores: Mapping[str, np.ndarray], problems: list[dict]) -> str:
+    """A table of `bridge` minus the other arms at each budget, a mean over the sums of the test split, not its problems:
+    those of one sum, and there are but 22, are right or wrong together, which the report's intervals do not know.
+    scores: {"test/labelsN/ARM": (seeds, problems)}."""
+    problems_of = {}
+    for i, problem in enumerate(problems):
+        numbers = re.findall(r"\d+", problem["prompt"][-1]["content"])
+        problems_of.setdefault((problem["answer"], *sorted(numbers)), []).append(i)
+    lines = ["| labels | comparison | difference | 95 % interval over sums | verdict |", "|---|---|---|---|---|"]
+    for name in scores:
+        _, *budget, arm = name.split("/")
+        bridge = "/".join(["test", *budget, "bridge"])
+        if budget and bridge in scores and arm not in ("base", "bridge"):
+            difference = scores[bridge] - scores[name]
+            values = np.stack([difference[:, rows].mean(1) for rows in problems_of.values()], axis=1)
+            low, high = ci95 = bootstrap_ci95(values)
+            figures = f"{values.mean():+.3f} | {low:+.3f} to {high:+.3f} | {verdict(ci95)}"
+            lines.append(f"| {budget[0].removeprefix('labels')} | {arm} < bridge | {figures} |")
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     out, q = Path(args.out), shlex.quote
     out.mkdir(parents=True, exist_ok=True)
@@ -169,6 +193,10 @@ def main(args: Args) -> None:
         f"--teacher-grpo-flags={q(grpo)} --student-grpo-flags={q(grpo)} --stage3-flags={q(grpo)} "
         f"--warmup-flags={q(warmup)} --opd-flags={q(opd)} --eval-flags={q(f'{prompt} --samples 4')}",
         OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))  # fmt: skip
+    problems = [json.loads(line) for line in (out / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    table = by_sum(np.load(out / "bridge/scores.npz"), problems)
+    (out / "by_sum.md").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nwrote {out}/by_sum.md")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -36,6 +37,31 @@ def test_the_real_model_s_problems_are_right_and_in_one_split_each(tmp_path):
 def test_the_real_model_s_reward_is_the_last_number():
     right = {"9": True, "4 + 5 = 9": True, "9, or 8": False, "4 + 5 = 19": False, "9.": True, "nine": False, "": False}
     assert {text: real_model.last_number(text, "9") == 1 for text in right} == right
+
+
+def test_the_real_model_s_record_says_what_its_scores_say(tmp_path):
+    results, page = ROOT / "benchmarks/results", (ROOT / "benchmarks/results/real_model_cpu.md").read_text()
+    real_model.write_problems(tmp_path)
+    problems = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    record = json.loads((results / "real_model.json").read_text())
+    with np.load(results / "real_model.npz") as scores:
+        assert real_model.by_sum(scores, problems) in page
+        for budget, row in record["frontier"].items():
+            assert all(scores[f"test/labels{budget}/{arm}"].mean(1).tolist() == row[arm]["by_seed"] for arm in row)
+            for arm, one in row.items():
+                low, high = one["ci95"]
+                assert f"| {budget} | `{arm}` | {one['accuracy']:.3f} | {low:.3f} to {high:.3f} |" in page
+
+
+def test_a_sum_counts_the_same_however_many_problems_it_has():
+    def asking(a, b, answer):
+        return {"prompt": [{"content": f"Ann has {a} and gets {b}"}], "answer": answer}
+
+    problems = [asking(1, 2, "3"), asking(2, 1, "3"), asking(2, 1, "3"), asking(2, 2, "4")]
+    scores = {f"test/labels8/{arm}": np.zeros((1, 4)) for arm in ("base", "direct_grpo", "bridge")}
+    scores["test/labels8/bridge"][0] = 0.5, 0.75, 1.0, 0.25  # 0.75 and 0.25 by sum
+    table = real_model.by_sum(scores | {"test/bridge": np.ones((1, 4))}, problems)
+    assert table.splitlines()[2:] == ["| 8 | direct_grpo < bridge | +0.500 | +0.250 to +0.750 | holds |"]
 
 
 @pytest.mark.slow
