@@ -691,7 +691,19 @@ def test_results_md_shows_both_students_of_swaps():
         assert shown == [f"{recorded[arm.strip('`')]:.3f}" for arm in head[1:]]
 
 
-@pytest.mark.parametrize("study", ["arithmetic", "swaps", "swaps_labels"])
+def test_results_md_shows_both_students_of_arithmetic_where_labels_are_scarce():
+    block = (ROOT / "docs/results.md").read_text().split("<!-- other student of arithmetic -->\n")[1]
+    block = block.split("\n<!-- end -->")[0]
+    (_, *budgets), _, *rows = [line.strip("| ").split(" | ") for line in block.splitlines()]
+    studies = ("arithmetic_labels", "arithmetic_labels_other_student")
+    names = [(study, arm) for study in studies for arm in ("long_grpo", "bridge", "bridge_own_prompts")]
+    for (label, *shown), (study, arm) in zip(rows, names, strict=True):
+        frontier = json.loads((ROOT / f"benchmarks/results/{study}.json").read_text())["frontier"]
+        assert f"`{arm}`" in label and budgets == list(frontier)
+        assert shown == [f"{frontier[n][arm]['accuracy']:.3f}" for n in budgets]
+
+
+@pytest.mark.parametrize("study", ["arithmetic", "arithmetic_labels", "swaps", "swaps_labels"])
 def test_the_scores_behind_a_report_give_its_figures(study):
     record = json.loads((ROOT / f"benchmarks/results/{study}.json").read_text())
     rows = record.get("frontier") or {None: record["arms"]}
