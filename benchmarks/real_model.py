@@ -138,7 +138,7 @@ def write_problems(out: Path) -> None:
 
 def by_sum(scores: Mapping[str, np.ndarray], problems: list[dict]) -> str:
     """A table of `bridge` minus the other arms at each budget, a mean over the sums of the test split, not its problems:
-    those of one sum, and there are but 22, are right or wrong together, which the report's intervals do not know.
+    those of one sum, and there are but 22, are mostly right or wrong together, which the report's intervals do not know.
     scores: {"test/labelsN/ARM": (seeds, problems)}."""
     problems_of = {}
     for i, problem in enumerate(problems):
@@ -146,14 +146,14 @@ def by_sum(scores: Mapping[str, np.ndarray], problems: list[dict]) -> str:
         problems_of.setdefault((problem["answer"], *sorted(numbers)), []).append(i)
     lines = ["| labels | comparison | difference | 95 % interval over sums | verdict |", "|---|---|---|---|---|"]
     for name in scores:
-        _, *budget, arm = name.split("/")
-        bridge = "/".join(["test", *budget, "bridge"])
-        if budget and bridge in scores and arm not in ("base", "bridge"):
+        at_budget, arm = name.rsplit("/", 1)  # test/labelsN, or test alone for the report's stages
+        bridge = f"{at_budget}/bridge"
+        if "/labels" in at_budget and bridge in scores and arm not in ("base", "bridge"):
             difference = scores[bridge] - scores[name]
             values = np.stack([difference[:, rows].mean(1) for rows in problems_of.values()], axis=1)
             low, high = ci95 = bootstrap_ci95(values)
             figures = f"{values.mean():+.3f} | {low:+.3f} to {high:+.3f} | {verdict(ci95)}"
-            lines.append(f"| {budget[0].removeprefix('labels')} | {arm} < bridge | {figures} |")
+            lines.append(f"| {at_budget.removeprefix('test/labels')} | {arm} < bridge | {figures} |")
     return "\n".join(lines)
 
 
